@@ -1,0 +1,45 @@
+"""Toughen: make image classifiers robust to adversarial examples.
+
+Adversarial training and criticality-leveraged adversarial training (CLAT) on top of it.
+"""
+
+__version__ = "0.1.0"
+
+from toughen import criticality, data, models
+from toughen.attacks import PGD, CrossEntropy, FeatureShift, KLToClean, Margin, fgsm_rs
+from toughen.config import load_recipe
+from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
+from toughen.engine import Trainer
+from toughen.errors import InputError
+from toughen.evaluation import evaluate, parse_attack
+from toughen.layers import map_layers
+from toughen.methods import CLAT, stack
+from toughen.objectives import PGDAT, CleanCE
+from toughen.types import Batch, ThreatModel
+
+__all__ = [
+    "CLAT",
+    "PGD",
+    "PGDAT",
+    "Batch",
+    "CleanCE",
+    "CriticalityOptions",
+    "CriticalityReport",
+    "CrossEntropy",
+    "FeatureShift",
+    "InputError",
+    "KLToClean",
+    "Margin",
+    "ThreatModel",
+    "Trainer",
+    "analyze",
+    "criticality",
+    "data",
+    "evaluate",
+    "fgsm_rs",
+    "load_recipe",
+    "map_layers",
+    "models",
+    "parse_attack",
+    "stack",
+]

@@ -1,0 +1,20 @@
+"""Attacks for the training loop: what is maximised (a goal) times how it is searched (a search).
+
+All are training-grade: they always return a perturbed batch and leave the model exactly as found.
+"""
+
+from toughen.attacks.fgsm import fgsm_rs
+from toughen.attacks.goals import CrossEntropy, FeatureNorm, FeatureShift, Goal, KLToClean, Margin
+from toughen.attacks.pgd import PGD, Attack
+
+__all__ = [
+    "PGD",
+    "Attack",
+    "CrossEntropy",
+    "FeatureNorm",
+    "FeatureShift",
+    "Goal",
+    "KLToClean",
+    "Margin",
+    "fgsm_rs",
+]

@@ -1,0 +1,169 @@
+"""Projected gradient ascent (Madry et al. 2018) on any goal: the inner maximisation of adversarial training."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from toughen.attacks.goals import CrossEntropy, Goal, Objective
+from toughen.attacks.threat import BALLS
+from toughen.errors import InputError
+from toughen.layers import ModelView
+from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
+from toughen.rng import from_global_state
+from toughen.types import ThreatModel
+
+
+class Attack(Protocol):
+    """Training-grade: always returns a perturbed batch inside the threat model, leaves the model as found."""
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The perturbations that this attack may use."""
+        ...
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        goal: Goal | None = None,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return x_adv, detached, of the shape of ``x``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PGD:
+    """Projected gradient ascent inside a threat model.
+
+    Args:
+        threat: The allowed perturbations.
+        step_size: Length of one step, in pixel units and in the norm of ``threat``.
+        steps: Number of steps, at least 1.
+        random_start: Start uniformly inside the ball (and the image box) rather than at ``x``.
+        keep: ``"last"`` returns the last iterate; ``"worst"`` the iterate with the largest goal, start included.
+        restarts: Independent starts, at least 1; the one with the largest goal is returned for each sample.
+        model_mode: ``"eval"`` attacks the model as it will be used; ``"unchanged"`` leaves every module's mode, so
+            that batch norm in train mode uses batch statistics (its running statistics are put back afterwards).
+
+    Raises:
+        InputError: A setting is out of its range.
+    """
+
+    threat: ThreatModel
+    step_size: float
+    steps: int = 10
+    random_start: bool = True
+    keep: Literal["last", "worst"] = "last"
+    restarts: int = 1
+    model_mode: Literal["eval", "unchanged"] = "eval"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.step_size) and self.step_size >= 0):
+            raise InputError(f"step_size is {self.step_size!r}; it must be a finite number >= 0, in pixel units")
+        for name, value in (("steps", self.steps), ("restarts", self.restarts)):
+            if value < 1:
+                raise InputError(f"attack {name} is {value}; it must be at least 1")
+        if self.keep not in ("last", "worst"):
+            raise InputError(f"attack keep is {self.keep!r}; allowed: last, worst")
+        if self.model_mode not in ("eval", "unchanged"):
+            raise InputError(f"attack model_mode is {self.model_mode!r}; allowed: eval, unchanged")
+        if self.restarts > 1 and not self.random_start:
+            raise InputError(f"{self.restarts} restarts without random_start would all be the same; set one of them")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        goal: Goal | None = None,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Perturb a batch so that ``goal`` grows, and leave the model exactly as found.
+
+        Args:
+            model: Maps [B, ...] images to [B, K] logits; its modes, gradients, buffers, hooks and the global random
+                state are the same after the call.
+            x: [B, ...], float, inside ``threat.bounds``.
+            y: [B], int64 labels.
+            goal: What to maximise; None is cross-entropy.
+            eps: [B], >= 0, a budget for each sample instead of ``threat.eps``; the step size scales along with it.
+            generator: Source of the random start, on the device of ``x``. None uses a copy of torch's global
+                random state, so repeated calls start alike until that state moves on.
+
+        Returns:
+            x_adv, detached, inside the ball and the box.
+
+        Raises:
+            InputError: ``eps`` is given but ``threat.eps`` is 0.
+        """
+        if eps is not None and self.threat.eps == 0:
+            raise InputError("a budget per sample needs a threat model with eps > 0, to which step_size refers")
+        goal = CrossEntropy() if goal is None else goal
+        generator = from_global_state(x.device) if generator is None else generator
+        x = x.detach()
+        with self._as_found(model):
+            objective = goal.bind(ModelView(model), x, y)
+            best, best_value = self._search(objective, x, eps, generator)
+            for _ in range(self.restarts - 1):
+                x_adv, value = self._search(objective, x, eps, generator)
+                best, best_value = _worse(best, best_value, x_adv, value)
+        return best
+
+    def _search(
+        self, objective: Objective, x: Tensor, eps: Tensor | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """One start: the iterate kept, and its goal ([B]; zeros where nobody will compare it)."""
+        ball = BALLS[self.threat.norm]
+        low, high = self.threat.bounds
+        per_sample = (-1, *[1] * (x.dim() - 1))
+        budget = torch.full((x.shape[0],), self.threat.eps, device=x.device) if eps is None else eps
+        radius = budget.to(x).view(per_sample)
+        step_size = self.step_size if eps is None else self.step_size / self.threat.eps * radius
+
+        x_adv = x.clone()
+        if self.random_start:
+            x_adv = (x_adv + ball.sample(x, radius, generator)).clamp_(low, high)
+        best, best_value = x_adv, torch.full((x.shape[0],), -math.inf, device=x.device)
+        for _ in range(self.steps):
+            x_adv = x_adv.detach().requires_grad_(True)  # a new tensor: ``best`` may be this very iterate
+            with torch.enable_grad():
+                value = objective(x_adv)
+                (gradient,) = torch.autograd.grad(value.sum(), x_adv)
+            x_adv = x_adv.detach()
+            if self.keep == "worst":
+                best, best_value = _worse(best, best_value, x_adv, value.detach())
+            delta = ball.project(x_adv + step_size * ball.ascend(gradient) - x, radius)
+            x_adv = (x + delta).clamp_(low, high)
+        if self.keep == "last" and self.restarts == 1:
+            return x_adv, best_value
+        with torch.no_grad():
+            value = objective(x_adv)
+        return _worse(best, best_value, x_adv, value) if self.keep == "worst" else (x_adv, value)
+
+    @contextmanager
+    def _as_found(self, model: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(without_weight_gradients(model))
+            if self.model_mode == "eval":
+                stack.enter_context(mode(model, training=False))
+            stack.enter_context(buffers_kept(model))
+            stack.enter_context(random_state_kept(model))
+            yield
+
+
+def _worse(a: Tensor, value_a: Tensor, b: Tensor, value_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Per sample, the images whose goal is larger; the first on a tie."""
+    better = value_b > value_a
+    mask = better.view(-1, *[1] * (a.dim() - 1))
+    return torch.where(mask, b, a), torch.where(better, value_b, value_a)

@@ -1,0 +1,62 @@
+"""The geometry of a threat model: where a search starts, which way it steps, how it comes back into the ball.
+
+All functions are batched, know no model, and take one radius per sample.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from toughen.types import Norm
+
+
+class Ball(Protocol):
+    """A norm ball around 0. ``radius``: [B, 1, ...], broadcastable to ``delta``: [B, ...]."""
+
+    def sample(self, like: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw one point per sample, uniformly in the ball."""
+        ...
+
+    def ascend(self, gradient: Tensor) -> Tensor:
+        """Return the step of length 1 (in this norm) along which a linear function grows fastest."""
+        ...
+
+    def project(self, delta: Tensor, radius: Tensor) -> Tensor:
+        """Return the nearest point of the ball."""
+        ...
+
+
+class _LInf:
+    def sample(self, like: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
+        uniform = torch.empty_like(like).uniform_(-1.0, 1.0, generator=generator)
+        return uniform * radius
+
+    def ascend(self, gradient: Tensor) -> Tensor:
+        return gradient.sign()
+
+    def project(self, delta: Tensor, radius: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(delta, -radius), radius)
+
+
+class _L2:
+    def sample(self, like: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
+        direction = torch.empty_like(like).normal_(generator=generator)
+        length = torch.rand(radius.shape, device=like.device, dtype=like.dtype, generator=generator)
+        num_pixels = like[0].numel()
+        return self.ascend(direction) * radius * length ** (1.0 / num_pixels)
+
+    def ascend(self, gradient: Tensor) -> Tensor:
+        # 1e-12 keeps a sample without gradient where it is, instead of 0/0
+        return gradient / (_length(gradient) + 1e-12)
+
+    def project(self, delta: Tensor, radius: Tensor) -> Tensor:
+        return delta * (radius / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
+
+
+def _length(delta: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+    return length.view(-1, *[1] * (delta.dim() - 1))
+
+
+BALLS: dict[Norm, Ball] = {"linf": _LInf(), "l2": _L2()}

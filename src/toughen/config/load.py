@@ -1,0 +1,217 @@
+"""Recipes: found by name or path, overridden by dotted keys, resolved to settings."""
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from toughen.attacks import PGD, fgsm_rs
+from toughen.config.build import build
+from toughen.data import DataSettings
+from toughen.engine import EvaluateSettings, ModelSettings, Recipe, TrainSettings
+from toughen.errors import InputError, unknown
+from toughen.methods import Stack, stack
+from toughen.models import MODELS
+from toughen.objectives import METHODS
+from toughen.registry import Registry
+from toughen.types import ThreatModel
+
+ATTACKS: Registry[Any] = Registry("attack")
+ATTACKS.register("pgd")(PGD)
+ATTACKS.register("fgsm-rs")(fgsm_rs)
+
+REQUIRED = ("model", "data", "threat", "attack", "method", "train")
+OPTIONAL = ("evaluate", "branch_epoch", "branches", "description")
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe by name or path, apply dotted overrides, and resolve it.
+
+    Args:
+        name: A name of ``toughen list recipes``, or the path of a YAML file.
+        overrides: ``"key.path=value"``; values are YAML, list items are addressed by number.
+
+    Raises:
+        InputError: Unknown recipe or key, a value of the wrong type, settings that contradict each other.
+    """
+    document = read_document(name)
+    for override in overrides:
+        _override(document, override)
+    return resolve(document)
+
+
+def recipe_names() -> dict[str, str]:
+    """Return the recipes that come with the package, each with its first line of description."""
+    names = {}
+    for file in sorted(_shelf().iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".yaml"):
+            description = yaml.safe_load(file.read_text()).get("description", "")
+            names[file.name.removesuffix(".yaml")] = description.strip().splitlines()[0]
+    return names
+
+
+def read_document(name: str) -> dict[str, Any]:
+    """Read a recipe as plain values, without checking them."""
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"no recipe file {name}")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"recipe file {name} is not a text file that can be read: {error}") from None
+    else:
+        if name not in recipe_names():
+            raise unknown("recipe", name, recipe_names(), hint="or give the path of a .yaml file")
+        text = (_shelf() / f"{name}.yaml").read_text()
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"recipe {name} is {type(document).__name__}; it must be a mapping of sections")
+    return document
+
+
+def resolve(document: Mapping[str, Any]) -> Recipe:
+    """Check a recipe given as plain values and turn it into settings, branches included.
+
+    Raises:
+        InputError: See ``load_recipe``.
+    """
+    for key in document:
+        if key not in REQUIRED + OPTIONAL:
+            raise unknown("recipe key", str(key), REQUIRED + OPTIONAL)
+    if missing := [key for key in REQUIRED if key not in document]:
+        raise InputError(f"the recipe lacks {', '.join(missing)}; required are {', '.join(REQUIRED)}")
+    threat = build(ThreatModel, document["threat"], path="threat")
+    recipe = Recipe(
+        description=str(document.get("description", "")),
+        model=_model(document["model"]),
+        data=build(DataSettings, document["data"], path="data"),
+        threat=threat,
+        attack=_named(ATTACKS, document["attack"], path="attack", threat=threat),
+        method=_stack(document["method"]),
+        train=build(TrainSettings, document["train"], path="train"),
+        evaluate=build(EvaluateSettings, document.get("evaluate") or {}, path="evaluate"),
+        branch_epoch=_epoch(document.get("branch_epoch")),
+        branches=_branches(document),
+    )
+    return replace(recipe, source=_plain_recipe(recipe, document))
+
+
+def _plain_recipe(recipe: Recipe, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting as a plain value, defaults included, so that a run means the same when defaults change."""
+    attack = {key: value for key, value in asdict(recipe.attack).items() if key != "threat"}
+    sections: dict[str, Any] = {
+        "description": recipe.description,
+        "model": asdict(recipe.model),
+        "data": asdict(recipe.data),
+        "threat": asdict(recipe.threat),
+        "attack": {"name": ATTACKS.name_of(type(recipe.attack)), **attack},
+        "method": [{"name": METHODS.name_of(type(m)), **asdict(m)} for m in recipe.method.methods],  # type: ignore[call-overload]
+        "train": asdict(recipe.train),
+        "evaluate": asdict(recipe.evaluate),
+    }
+    if recipe.branches:
+        sections |= {"branch_epoch": recipe.branch_epoch, "branches": document["branches"]}
+    plain: dict[str, Any] = json.loads(json.dumps(sections))  # tuples become lists
+    return plain
+
+
+def _shelf() -> Traversable:
+    return files("toughen") / "recipes"
+
+
+def _model(values: Any) -> ModelSettings:
+    settings = build(ModelSettings, values, path="model")
+    _ = MODELS[settings.name]  # an unknown name is refused here, before any data is read
+    return settings
+
+
+def _named(registry: Registry[Any], values: Any, *, path: str, **given: Any) -> Any:
+    if not isinstance(values, Mapping) or "name" not in values:
+        raise InputError(f"{path} is {values!r}; it must be a mapping with a name: {', '.join(registry)}")
+    settings = {key: value for key, value in values.items() if key != "name"}
+    return build(registry[str(values["name"])], settings, path=f"{path} {values['name']}", **given)
+
+
+def _stack(methods: Any) -> Stack:
+    if not isinstance(methods, list):
+        raise InputError(f"method is {methods!r}; it must be a list from inner to outer, each with a name")
+    return stack(*(_named(METHODS, method, path=f"method.{number}") for number, method in enumerate(methods)))
+
+
+def _epoch(value: Any) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    raise InputError(f"branch_epoch is {value!r}; it must be a whole number")
+
+
+def _branches(document: Mapping[str, Any]) -> dict[str, Recipe]:
+    branches = document.get("branches") or {}
+    if not isinstance(branches, Mapping):
+        raise InputError(f"branches is {branches!r}; it must map names to overrides")
+    base = {key: value for key, value in document.items() if key not in ("branches", "branch_epoch")}
+    resolved = {}
+    for name, changes in branches.items():
+        if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():
+            raise InputError(f"branch name {name!r} names a folder: use letters, digits, '-' and '_'")
+        if not isinstance(changes or {}, Mapping):
+            raise InputError(f"branch {name!r} is {changes!r}; it must be a mapping of overrides")
+        for key in changes or {}:
+            if key in ("model", "data", "branches", "branch_epoch"):
+                raise InputError(
+                    f"branch {name!r} sets {key}; a branch continues its run, so {key} must stay the run's"
+                )
+        resolved[name] = resolve(_merged(base, changes or {}))
+    return resolved
+
+
+def _merged(base: Any, changes: Any) -> Any:
+    """Lay ``changes`` over ``base``: mappings key by key, everything else replaced."""
+    if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
+        return copy.deepcopy(changes)
+    return {
+        key: _merged(base.get(key), changes[key]) if key in changes else copy.deepcopy(base[key])
+        for key in _keys(base, changes)
+    }
+
+
+def _keys(*mappings: Iterable[str]) -> Iterable[str]:
+    return dict.fromkeys(key for mapping in mappings for key in mapping)
+
+
+def _override(document: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise InputError(f"override {override!r} is not of the form key.path=value, for example train.epochs=2")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"the value in {override!r} is not valid YAML") from None
+    *parents, last = path.split(".")
+    place: Any = document
+    for depth, key in enumerate(parents):
+        here = ".".join(parents[: depth + 1])
+        place = place[_position(place, key, here)] if isinstance(place, list) else place.setdefault(key, {})
+        if not isinstance(place, dict | list):
+            raise InputError(f"override {override!r}: {here} is {place!r}, which has no keys")
+    if isinstance(place, list):
+        place[_position(place, last, path)] = value
+    else:
+        place[last] = value
+
+
+def _position(place: list[Any], key: str, path: str) -> int:
+    if not key.isdecimal() or int(key) >= len(place):
+        raise InputError(
+            f"override {path}: {key!r} is not a position in a list of {len(place)}; use 0 to {len(place) - 1}"
+        )
+    return int(key)

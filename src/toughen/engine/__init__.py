@@ -1,0 +1,17 @@
+"""Training runs: the loop, its schedule, its checkpoints. Knows no recipe files and no command line."""
+
+from toughen.engine import checkpoint
+from toughen.engine.recipe import EvaluateSettings, ModelSettings, Recipe, TrainSettings
+from toughen.engine.trainer import Interrupted, Trainer, create_model, pick_device
+
+__all__ = [
+    "EvaluateSettings",
+    "Interrupted",
+    "ModelSettings",
+    "Recipe",
+    "TrainSettings",
+    "Trainer",
+    "checkpoint",
+    "create_model",
+    "pick_device",
+]

@@ -1,0 +1,139 @@
+"""Checkpoints: weights as safetensors beside a state that loads without running code; replaced whole or not at all."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from toughen.errors import InputError
+
+FORMAT = 1
+WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256"
+
+
+def save(folder: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Write weights and state, and put them in the place of ``folder`` once they are complete.
+
+    At every moment ``folder`` or its predecessor ``folder.old`` is whole, also if the process is killed.
+
+    Args:
+        folder: For example ``checkpoints/last``.
+        model: Whose parameters and buffers are saved.
+        state: Tensors and plain values, nested in dicts, lists and tuples.
+    """
+    draft, old = folder.with_name(folder.name + ".tmp"), _predecessor(folder)
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    save_file(tensors, draft / WEIGHTS)
+    torch.save({"format": FORMAT, **state}, draft / STATE)
+    (draft / SUMS).write_text(_sums(draft))
+    for file in draft.iterdir():
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exists(folder: Path) -> bool:
+    """Return whether a complete checkpoint is there (or its predecessor, after a kill between two renames)."""
+    return _whole(folder) is not None
+
+
+def load(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the weights into ``model`` and return the state.
+
+    Raises:
+        InputError: There is no checkpoint, it is damaged, of a newer format, or of another model.
+    """
+    whole = _whole(folder)
+    if whole is None:
+        raise InputError(f"no checkpoint in {folder}; has the run finished an epoch yet?")
+    if not _intact(whole):
+        raise InputError(f"checkpoint {whole} is damaged: its files are not those that {whole / SUMS} was written for")
+    try:
+        state = torch.load(whole / STATE, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"checkpoint {whole} is damaged: {_first_line(error)}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"checkpoint {whole} is not of format {FORMAT}; it was written by another version of toughen")
+    load_weights(whole / WEIGHTS, model)
+    return state
+
+
+def load_weights(file: Path, model: nn.Module) -> None:
+    """Load a safetensors file into a model, strictly.
+
+    Raises:
+        InputError: The file is missing, damaged or a pickle, or its tensors are not this model's.
+    """
+    if not file.is_file():
+        raise InputError(f"no weights file {file}")
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        pickled = file.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+        reason = (
+            "it is a pickle, which may run code; save the state dict as safetensors" if pickled else _first_line(error)
+        )
+        raise InputError(f"weights file {file} is not readable as safetensors: {reason}") from None
+    own = model.state_dict()
+    _check_fit(file, own, tensors)
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def _check_fit(file: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    unlike = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
+    problems = []
+    if missing or extra:
+        problems.append(
+            f"it lacks {len(missing)} tensors and has {len(extra)} others (first: {(missing + extra)[0]!r})"
+        )
+    if unlike:
+        name = unlike[0]
+        problems.append(f"{name!r} is {list(tensors[name].shape)} in the file and {list(own[name].shape)} in the model")
+    if problems:
+        raise InputError(f"{file} belongs to another model: {'; '.join(problems)}")
+
+
+def _whole(folder: Path) -> Path | None:
+    for candidate in (folder, _predecessor(folder)):
+        if (candidate / STATE).is_file():
+            return candidate
+    return None
+
+
+def _intact(folder: Path) -> bool:
+    # torch's reader checks no sum of its own: a flipped bit in the momentum would go unnoticed
+    try:
+        return _sums(folder).encode() == (folder / SUMS).read_bytes()
+    except OSError:
+        return False
+
+
+def _sums(folder: Path) -> str:
+    """The SHA-256 of both files, as ``sha256sum --check`` reads them."""
+    names = (WEIGHTS, STATE)
+    return "".join(f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names)
+
+
+def _predecessor(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

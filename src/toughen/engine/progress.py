@@ -1,0 +1,64 @@
+"""What a person sees while a run goes on: a bar with the time left in a terminal, plain lines elsewhere. On stderr."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)
+
+
+class EpochProgress:
+    """Counts steps over all epochs of a run; says one line per epoch where there is no terminal."""
+
+    def __init__(self, bar: Progress | None, total: int) -> None:
+        self._bar = bar
+        self._task = None if bar is None else bar.add_task("training", total=total, status="")
+
+    def at(self, step: int) -> None:
+        """Set the number of steps done."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def say(self, line: str, *, status: str) -> None:
+        """Tell how the last epoch went: in a few words behind the bar, or in a line where there is no bar."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, status=status)
+        else:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def epoch_progress(title: str, *, total: int, show: bool) -> Iterator[EpochProgress]:
+    """Show the progress of a run inside the ``with``; ``show=False`` shows nothing but the lines."""
+    if not (show and console.is_terminal):
+        yield EpochProgress(None, total)
+        return
+    columns = (
+        TextColumn(title),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        yield EpochProgress(bar, total)
+
+
+@contextmanager
+def sample_progress(total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that is told how many samples are done, and draws a bar in a terminal."""
+    with Progress(
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda done: bar.update(task, completed=done)

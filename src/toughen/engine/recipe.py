@@ -1,0 +1,175 @@
+"""What a run is: the settings that a recipe file resolves to, each checked when it is made."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from toughen.attacks import PGD
+from toughen.data import DataSettings
+from toughen.errors import InputError
+from toughen.evaluation import parse_attack
+from toughen.methods import Stack
+from toughen.types import ThreatModel
+
+Device = Literal["auto", "cpu", "cuda"]
+Schedule = Literal["cosine", "piecewise", "cyclic", "constant"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which network.
+
+    Args:
+        name: A name of ``toughen list models``.
+        width: Channels of the first stage; None is the published network's.
+    """
+
+    name: str
+    width: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How to optimise.
+
+    Args:
+        epochs: Length of the run, and of the learning-rate schedule.
+        batch_size: Images per step; the last, smaller batch of an epoch is dropped.
+        optimizer: ``"sgd"`` with momentum, or ``"adamw"``.
+        lr: Initial (cosine, piecewise, constant) or largest (cyclic) learning rate.
+        momentum: Of SGD.
+        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
+        schedule: ``"cosine"`` from lr to 0; ``"piecewise"`` multiplies by ``gamma`` at each of ``milestones``;
+            ``"cyclic"`` climbs linearly from 0 to lr at ``peak`` and back; ``"constant"``. Applied at every step.
+        milestones: Shares of the run, in (0, 1).
+        gamma: Factor at a milestone.
+        peak: Share of the run at which the cyclic schedule is highest, in (0, 1).
+        seed: Of initial weights, order, augmentation, random starts and random selection.
+        patience: Early stopping: the run ends after so many epochs without a better robust validation accuracy; None
+            never does.
+        validate_every: Epochs between validations.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        precision: ``"auto"`` is bf16-mixed on CUDA and 32-true elsewhere.
+        checkpoint_steps: Steps between extra checkpoints inside an epoch; None writes one per epoch.
+
+    Raises:
+        InputError: A number is out of its range.
+    """
+
+    epochs: int
+    batch_size: int = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Schedule = "cosine"
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    gamma: float = 0.1
+    peak: float = 0.4
+    seed: int = 0
+    patience: int | None = None
+    validate_every: int = 1
+    device: Device = "auto"
+    precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
+    checkpoint_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience", "validate_every", "checkpoint_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"train.{name} is {value}; it must be at least 1")
+        for name in ("lr", "momentum", "weight_decay", "gamma"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise InputError(f"train.{name} is {value}; it must be a finite number >= 0")
+        if not all(0 < share < 1 for share in (*self.milestones, self.peak)):
+            raise InputError(f"train.milestones {list(self.milestones)} and peak {self.peak} must lie between 0 and 1")
+        if self.seed < 0:
+            raise InputError(f"train.seed is {self.seed}; it must be >= 0")
+
+    def lr_at(self, progress: float) -> float:
+        """Return the learning rate after a share ``progress`` in [0, 1] of the schedule."""
+        if self.schedule == "cosine":
+            return self.lr * (1 + math.cos(math.pi * progress)) / 2
+        if self.schedule == "piecewise":
+            return self.lr * self.gamma ** sum(progress >= share for share in self.milestones)
+        if self.schedule == "cyclic":
+            return self.lr * min(progress / self.peak, (1 - progress) / (1 - self.peak))
+        return self.lr
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """What the end of a run measures on test images, with the threat model and step size of the run.
+
+    Args:
+        attacks: Names of ``toughen list attacks``.
+        samples: First test images to use; None is all.
+
+    Raises:
+        InputError: No attack or one named twice, or no samples.
+    """
+
+    attacks: tuple[str, ...] = ("clean", "pgd-20")
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.attacks or len(set(self.attacks)) < len(self.attacks):
+            raise InputError(f"evaluate.attacks is {list(self.attacks)}; name at least one attack, and each once")
+        if self.samples is not None and self.samples < 1:
+            raise InputError(f"evaluate.samples is {self.samples}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        description: What the recipe is for; its first line is shown in lists.
+        source: The resolved recipe as plain values, as it is stored in ``config.yaml``.
+        branch_epoch: With branches: the epoch at which this run stops and they begin.
+        branches: Runs that continue this one from there, by name.
+    """
+
+    description: str = ""
+    model: ModelSettings
+    data: DataSettings
+    threat: ThreatModel
+    attack: PGD
+    method: Stack
+    train: TrainSettings
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    branch_epoch: int | None = None
+    branches: Mapping[str, "Recipe"] = field(default_factory=dict)
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if bool(self.branches) != (self.branch_epoch is not None):
+            raise InputError("branches and branch_epoch go together: give both or neither")
+        if self.branch_epoch is not None and not 1 <= self.branch_epoch < self.train.epochs:
+            raise InputError(
+                f"branch_epoch is {self.branch_epoch}; with train.epochs={self.train.epochs} it must be "
+                f"1 to {self.train.epochs - 1}"
+            )
+        for name, branch in self.branches.items():
+            self._check_branch(name, branch)
+        for name in self.evaluate.attacks:
+            parse_attack(name, threat=self.threat, step_size=self.attack.step_size)
+
+    def _check_branch(self, name: str, branch: "Recipe") -> None:
+        if branch.train.epochs <= (self.branch_epoch or 0):
+            raise InputError(
+                f"branch {name!r} sets train.epochs to {branch.train.epochs}; "
+                f"it begins at branch_epoch={self.branch_epoch}, so it must be larger"
+            )
+        if branch.train.optimizer != self.train.optimizer:
+            raise InputError(
+                f"branch {name!r} sets train.optimizer to {branch.train.optimizer!r}; "
+                f"it continues with the momentum of its run, so it must stay {self.train.optimizer!r}"
+            )
+
+    @property
+    def stop_epoch(self) -> int:
+        """The epoch at which this run itself ends."""
+        return self.branch_epoch or self.train.epochs

@@ -1,0 +1,418 @@
+"""The training loop: one run from its first epoch, or from a checkpoint, to its evaluation and its branches."""
+
+import itertools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from toughen import data as datasets
+from toughen import models
+from toughen.criticality.selection import Selection
+from toughen.data import DataSplits, DeviceLoader, ImageSet
+from toughen.engine import checkpoint
+from toughen.engine.flops import flops_per_image
+from toughen.engine.progress import EpochProgress, epoch_progress, sample_progress
+from toughen.engine.provenance import provenance
+from toughen.engine.recipe import Device, ModelSettings, Recipe, TrainSettings
+from toughen.errors import InputError
+from toughen.evaluation import EvalAttack, evaluate, parse_attack
+from toughen.objectives import PGDAT
+from toughen.run_folder import RunFolder
+from toughen.types import Batch
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has written its checkpoint."""
+
+
+@dataclass
+class _Progress:
+    """Where a run is, and what the epoch under way has added up: all that a resume needs beside the live objects."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    best: float = -1.0
+    best_epoch: int = 0
+    flops: float = 0.0
+    pgd_at_flops: float = 0.0
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Trainer:
+    """Trains a recipe, writes its run folder, and goes on from wherever an earlier attempt stopped.
+
+    Args:
+        recipe: The whole run.
+        out: The run folder, new or to be continued; None is ``runs/MODEL-DATA``, with a number where that is taken.
+        model: Your own network instead of ``recipe.model``: images in [0, 1] go in, logits come out.
+        data: Your own images instead of ``recipe.data``.
+        start: A finished run whose last checkpoint this one continues (how branches begin).
+        show_progress: Whether to draw a bar in a terminal.
+
+    Raises:
+        InputError: The folder holds a run, the data can't be read, a setting does not fit the model or the data.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        out: Path | str | None = None,
+        model: nn.Module | None = None,
+        data: DataSplits | None = None,
+        start: RunFolder | None = None,
+        resume: bool = False,
+        show_progress: bool = True,
+    ) -> None:
+        self.recipe = recipe
+        self.settings = recipe.train
+        self.data = datasets.load(recipe.data) if data is None else data
+        self.fabric = Fabric(
+            accelerator=pick_device(self.settings.device),
+            devices=1,
+            precision=_precision(self.settings),
+        )
+        self.device = self.fabric.device
+        self.model = (create_model(recipe.model, self.data, seed=recipe.train.seed) if model is None else model).to(
+            self.device
+        )
+        self.model.to(memory_format=torch.channels_last)
+        self.loader = DeviceLoader(
+            self.data.train,
+            batch_size=self.settings.batch_size,
+            device=self.device,
+            seed=self.settings.seed,
+            augment=recipe.data.augment,
+            pad=recipe.data.pad,
+        )
+        self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
+        self._check_methods()
+        self.optimizer = _optimizer(self.model, self.settings)
+        self.show_progress = show_progress
+        self.progress = _Progress()
+        self._stop_asked = False
+        if resume:
+            self.folder = RunFolder.open(Path(out or ""))
+        else:
+            facts = provenance(seed=self.settings.seed, device=self.device, precision=_precision(self.settings))
+            self.folder = RunFolder.create(Path(out) if out else _free_folder(recipe), recipe.source, facts)
+        if checkpoint.exists(self.folder.checkpoints / "last"):
+            self._resume()
+        elif start is not None:
+            self._continue_from(start)
+        elif resume and (run := self.folder.parent_run) is not None:
+            raise InputError(f"branch {self.folder.path} has no checkpoint yet; resume its run: --resume {run.path}")
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def fit(self) -> RunFolder:
+        """Train to the end, evaluate the last and the best checkpoint on test images, then run the branches.
+
+        Returns:
+            The run folder.
+
+        Raises:
+            Interrupted: The process was asked to stop; the checkpoint is written.
+            InputError: The loss became infinite; the checkpoint of the epoch before is kept.
+        """
+        if self.folder.finished:
+            return self.folder
+        total = self.recipe.stop_epoch * self.loader.steps_per_epoch
+        with (
+            self._stopping_politely(),
+            epoch_progress(self._title(), total=total, show=self.show_progress) as progress,
+        ):
+            while self.progress.epoch < self.recipe.stop_epoch and not self._patience_over():
+                self._epoch(progress)
+        self.live.release()
+        self._evaluate()
+        for name, recipe in self.recipe.branches.items():
+            folder = self.folder.branch(name)
+            Trainer(
+                recipe,
+                out=folder.path,
+                model=deepcopy(self.model),
+                data=self.data,
+                start=self.folder,
+                resume=folder.config_file.is_file(),
+                show_progress=self.show_progress,
+            ).fit()
+        self.folder.write_finished({"epochs": self.progress.epoch, "method": self.recipe.method.label})
+        return self.folder
+
+    def _epoch(self, progress: EpochProgress) -> None:
+        now = self.progress
+        started = time.perf_counter() - now.seconds
+        if now.step == 0:
+            self._epoch_start()
+        self.model.train()
+        for batch in self.loader.epoch(now.epoch, start_step=now.step):
+            self._step(batch)
+            now.step += 1
+            progress.at(now.epoch * self.loader.steps_per_epoch + now.step)
+            if self._checkpoint_due():
+                self._means()  # weights that a loss without a number has spoiled are not saved
+                now.seconds = time.perf_counter() - started
+                self._save("last")
+            if self._stop_asked:
+                raise Interrupted
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now.seconds = time.perf_counter() - started
+        self._epoch_end(progress)
+
+    def _epoch_start(self) -> None:
+        now, epoch = self.progress, self.progress.epoch
+        size = min(len(self.data.train), max(100, self.settings.batch_size))
+        probe = datasets.probe(
+            self.data.train, count=size, seed=self.settings.seed, position=epoch, device=self.device, batch_size=size
+        )
+        few = (probe[0].x[:4], probe[0].y[:4])
+        if not now.pgd_at_flops:
+            now.pgd_at_flops = flops_per_image(PGDAT().bind(self.model, attack=self.recipe.attack), *few)
+        selection = self.live.epoch_start(epoch, [(b.x, b.y) for b in probe], optimizer=self.optimizer)
+        now.sums = {}
+        if selection is not None:
+            self._write_selection(selection)
+        if selection is not None or not now.flops:
+            now.flops = flops_per_image(self.live, *few)
+
+    def _write_selection(self, selection: Selection) -> None:
+        report = {"epoch": selection.epoch, "selected": selection.layers, **selection.report.to_dict()}
+        self.folder.write_report(selection.epoch, report)
+
+    def _step(self, batch: Batch) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr()
+        x = batch.x.contiguous(memory_format=torch.channels_last)
+        with self.fabric.autocast():
+            output = self.live(x, batch.y, batch.index)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(output.loss)
+        self.optimizer.step()
+        sums = self.progress.sums
+        for name, value in {"loss": output.loss.detach(), **output.terms}.items():
+            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+
+    def _lr(self) -> float:
+        """The rate of the coming step: the schedule, counted from where the method wants it, times its factor."""
+        now, start = self.progress, self.live.schedule_start
+        done = now.epoch - start + now.step / self.loader.steps_per_epoch
+        return self.settings.lr_at(done / (self.settings.epochs - start)) * self.live.lr_scale
+
+    def _epoch_end(self, progress: EpochProgress) -> None:
+        now = self.progress
+        means = self._means()
+        now.epoch, now.step = now.epoch + 1, 0
+        images = self.loader.steps_per_epoch * self.settings.batch_size
+        row: dict[str, Any] = {
+            "epoch": now.epoch,
+            "method": self.recipe.method.label,
+            "losses": means,
+            "lr": self._lr(),
+            "seconds": now.seconds,
+            "images_per_second": images / now.seconds,
+            "trainable_share": self._trainable_share(),
+            "selected": self.live.selected,
+            "gflops_per_image": now.flops / 1e9,
+            "pgd_at_gflops_per_image": now.pgd_at_flops / 1e9,
+            **self.live.facts(),
+        }
+        if now.epoch % self.settings.validate_every == 0 or now.epoch == self.recipe.stop_epoch:
+            row["validation"] = self._validate()
+        now.log.append(row)
+        now.seconds = 0.0
+        better = "validation" in row and row["validation"]["robust"] > now.best
+        if better:
+            now.best, now.best_epoch = row["validation"]["robust"], now.epoch
+        # in this order, a kill between two of them is made good when the epoch is repeated
+        if better:
+            self._save("best")
+        self.folder.write_log(now.log)
+        self._save("last")
+        progress.say(_line(row), status=_status(now.log))
+        if self._stop_asked:
+            raise Interrupted
+
+    def _title(self) -> str:
+        return f"{self.folder.path.name}: {self.recipe.method.label}"
+
+    def _means(self) -> dict[str, float]:
+        """The mean of each loss term over the steps of this epoch so far; refuses to go on if one is not finite."""
+        now = self.progress
+        means = {name: float(total) / now.step for name, total in now.sums.items()}
+        if not all(math.isfinite(value) for value in means.values()):
+            raise InputError(
+                f"the loss became {means['loss']} in epoch {now.epoch + 1}; lower train.lr. "
+                f"The checkpoint from before is kept in {self.folder.checkpoints}"
+            )
+        return means
+
+    def _trainable_share(self) -> float:
+        trainable: int = sum(parameter.numel() for parameter in self.live.trainable())
+        return trainable / sum(parameter.numel() for parameter in self.model.parameters())
+
+    # -- measuring --------------------------------------------------------------------------------
+
+    def _validate(self) -> dict[str, Any]:
+        """Clean and robust accuracy on the held-out part of the training data, with the attack of the run."""
+        attacks = [EvalAttack("clean", None), EvalAttack("robust", self.recipe.attack)]
+        results = evaluate(self.model, self._batches(self.data.validation), attacks, seed=self.settings.seed)
+        return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
+
+    def _evaluate(self) -> None:
+        """Measure the last and the best checkpoint on test images; what is on disk already is kept."""
+        wanted, recipe = self.recipe.evaluate, self.recipe
+        attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.attack.step_size) for n in wanted.attacks]
+        images = self.data.test
+        if wanted.samples is not None and wanted.samples < len(images):
+            images = images.subset(slice(wanted.samples))
+        for name in ("best", "last"):
+            if self.folder.evaluations(name).keys() >= {attack.name for attack in attacks}:
+                continue
+            state = checkpoint.load(self.folder.checkpoints / name, self.model)
+            with sample_progress(len(images)) as progress:
+                results = evaluate(
+                    self.model, self._batches(images), attacks, seed=self.settings.seed, progress=progress
+                )
+            for result in results.values():
+                content = {**result.to_dict(), "checkpoint": name, "epoch": state["epoch"], "data": recipe.data.name}
+                self.folder.write_evaluation(name, result.attack, content)
+
+    def _batches(self, images: ImageSet) -> Iterator[Batch]:
+        return datasets.in_order(images, batch_size=max(self.settings.batch_size, 250), device=self.device)
+
+    # -- stopping and resuming --------------------------------------------------------------------
+
+    def _patience_over(self) -> bool:
+        patience, now = self.settings.patience, self.progress
+        measured = bool(now.log) and "validation" in now.log[-1]
+        return patience is not None and measured and now.epoch - now.best_epoch >= patience
+
+    def _checkpoint_due(self) -> bool:
+        every = self.settings.checkpoint_steps
+        return self._stop_asked or (every is not None and self.progress.step % every == 0)
+
+    def _save(self, name: str) -> None:
+        now = self.progress
+        state = {**vars(now), "live": self.live.state_dict(), "optimizer": self.optimizer.state_dict()}
+        checkpoint.save(self.folder.checkpoints / name, self.model, state)
+
+    def _resume(self) -> None:
+        """Take up this run where its last checkpoint left it, in the middle of an epoch or between two."""
+        state = checkpoint.load(self.folder.checkpoints / "last", self.model)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.live.load_state_dict(state["live"])
+        now = _Progress(**{name: state[name] for name in vars(_Progress())})
+        now.sums = {name: value.to(self.device) for name, value in now.sums.items()}
+        self.progress = now
+
+    def _continue_from(self, start: RunFolder) -> None:
+        """Begin as a branch: weights, momentum, epoch and random streams of a finished run; its method stays behind."""
+        state = checkpoint.load(start.checkpoints / "last", self.model)
+        own = self.optimizer.state_dict()["param_groups"]  # a branch may have its own weight decay, for example
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        self.live.calls = state["live"]["calls"]
+        self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])
+
+    def _check_methods(self) -> None:
+        """Refuse what this model can't do before hours are spent, in the branches too."""
+        example = datasets.in_order(self.data.train, batch_size=1, device=self.device)
+        x = next(iter(example)).x
+        self.live.check(x)
+        for branch in self.recipe.branches.values():
+            branch.method.bind(self.model, attack=branch.attack, seed=branch.train.seed).check(x)
+
+    @contextmanager
+    def _stopping_politely(self) -> Iterator[None]:
+        """Turn Ctrl-C and SIGTERM into a wish that the loop fulfils after the step under way."""
+
+        def ask(_signal: int, _frame: FrameType | None) -> None:
+            self._stop_asked = True
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: the signals belong to somebody else
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0) -> nn.Module:
+    """Build the network for a data set: its classes, its channels, its statistics inside."""
+    return models.create(
+        settings.name,
+        num_classes=len(data.train.classes),
+        width=settings.width,
+        in_channels=data.train.images.shape[1],
+        mean=data.mean,
+        std=data.std,
+        seed=seed,
+    )
+
+
+def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """One optimizer over all parameters, whatever is frozen later: a frozen one has no gradient and is skipped."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+    )
+
+
+def pick_device(wanted: Device) -> str:
+    """Return ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        InputError: CUDA is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("the device is to be 'cuda' but torch finds no CUDA device; use auto or cpu")
+    return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _precision(settings: TrainSettings) -> Literal["32-true", "bf16-mixed"]:
+    if settings.precision != "auto":
+        return settings.precision
+    return "bf16-mixed" if pick_device(settings.device) == "cuda" else "32-true"
+
+
+def _free_folder(recipe: Recipe) -> Path:
+    """The first of runs/MODEL-DATA, runs/MODEL-DATA-2, ... that holds no run."""
+    stem = f"{recipe.model.name}-{recipe.data.name}"
+    for number in itertools.count(1):
+        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
+        if not (path / "config.yaml").exists():
+            return path
+    raise AssertionError
+
+
+def _status(log: list[dict[str, Any]]) -> str:
+    """The newest validation in a few words."""
+    measured = [row["validation"] for row in log if "validation" in row][-1:]
+    return " ".join(f"clean {100 * m['clean']:.1f} robust {100 * m['robust']:.1f}" for m in measured)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One epoch in one line."""
+    parts = [f"epoch {row['epoch']:>3}", row["method"], f"loss {row['losses']['loss']:.3f}", f"lr {row['lr']:.4f}"]
+    if "validation" in row:
+        measured = row["validation"]
+        parts.append(f"validation clean {measured['clean']:.3f} robust {measured['robust']:.3f} (n={measured['n']})")
+    return "  ".join([*parts, f"{row['seconds']:.1f} s"])

@@ -1,0 +1,31 @@
+"""What a user did wrong, said in one line. Knows nothing of the rest of the package."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class InputError(ValueError):
+    """A mistake in what the user gave: a setting, a file, a name.
+
+    Its message is one line that names what was given, what is allowed and the likely fix.
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+def unknown(what: str, given: str, allowed: Iterable[str], *, hint: str = "") -> InputError:
+    """Build the error for a name that is not among the allowed ones, with its nearest match.
+
+    Args:
+        what: What was looked up, for example ``"recipe key"``.
+        given: The name as the user wrote it.
+        allowed: Every name that would have been accepted.
+        hint: A closing half sentence, for example where the names are listed.
+
+    Returns:
+        The error, to be raised by the caller.
+    """
+    names = sorted(allowed)
+    near = get_close_matches(given, names, n=1, cutoff=0.5)
+    guess = f"; did you mean {near[0]!r}?" if near else ""
+    listing = ", ".join(names) if len(names) <= 24 else ", ".join(names[:24]) + ", ..."
+    return InputError(f"unknown {what} {given!r}{guess} Allowed: {listing}{'; ' + hint if hint else ''}")

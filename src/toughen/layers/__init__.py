@@ -1,0 +1,18 @@
+"""Layers of any ``nn.Module``: which there are, what they compute, where a forward may stop, what trains."""
+
+from toughen.layers.layer_map import Granularity, Layer, LayerMap, map_layers
+from toughen.layers.taps import tap
+from toughen.layers.trainable import NormStats, TrainableSet
+from toughen.layers.view import Features, ModelView
+
+__all__ = [
+    "Features",
+    "Granularity",
+    "Layer",
+    "LayerMap",
+    "ModelView",
+    "NormStats",
+    "TrainableSet",
+    "map_layers",
+    "tap",
+]

@@ -1,0 +1,77 @@
+"""How attacks and objectives look at a model: its logits, and its features with a forward that may stop early."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from toughen.layers.taps import tap
+
+Reduce = Callable[[str, Tensor], Tensor]
+
+
+class _AllSeen(BaseException):
+    """Private: every requested feature has been seen, so the rest of the forward is not needed.
+
+    A ``BaseException``, so that no ``except Exception`` inside a model's forward can swallow it.
+    """
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a (possibly truncated) forward yields.
+
+    Attributes:
+        values: The reduced feature of each requested layer, by qualified name.
+        logits: [B, K], or None when the forward stopped early.
+    """
+
+    values: Mapping[str, Tensor]
+    logits: Tensor | None
+
+
+class ModelView:
+    """A model seen by attacks and objectives. Holds no state of its own and changes nothing in the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the logits [B, K] of ``x`` [B, C, H, W]."""
+        logits: Tensor = self.module(x)
+        return logits
+
+    def features(
+        self, x: Tensor, names: Sequence[str], *, reduce: Reduce | None = None, stop_early: bool = False
+    ) -> Features:
+        """Return the output of the named layers, and the logits unless the forward stopped before them.
+
+        With ``stop_early`` the forward ends as soon as the last requested layer has spoken; gradients are
+        bit-identical to those of the full forward, since what follows does not enter them.
+
+        Args:
+            x: [B, C, H, W], in [0, 1].
+            names: Qualified names of layers that one forward calls once.
+            reduce: Called as ``reduce(name, output)`` inside the forward, before anything downstream can change
+                the output in place; None keeps a copy of the output.
+            stop_early: Whether to leave out what follows the last requested layer.
+
+        Raises:
+            InputError: A name is not a submodule.
+            RuntimeError: A requested layer was not called, or returned no tensor.
+        """
+        wanted = set(names)
+        values: dict[str, Tensor] = {}
+
+        def see(name: str, output: Tensor) -> None:
+            values[name] = output.clone() if reduce is None else reduce(name, output)
+            if stop_early and values.keys() == wanted:
+                raise _AllSeen
+
+        logits: Tensor | None = None
+        with tap(self.module, wanted, see), suppress(_AllSeen):
+            logits = self.module(x)
+        if missing := wanted - values.keys():
+            raise RuntimeError(f"layers never called in this forward: {', '.join(sorted(missing))}")
+        return Features(values, logits)

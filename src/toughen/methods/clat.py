@@ -1,0 +1,378 @@
+"""CLAT: tune the few most critical layers to be less so, re-chosen every ten epochs (section 3, Algorithm 1)."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toughen.attacks import Attack, FeatureNorm, FeatureShift, fgsm_rs
+from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
+from toughen.criticality.selection import SELECTORS, Fixed, Selection, SelectionRule
+from toughen.errors import InputError
+from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers
+from toughen.layers.taps import mode
+from toughen.objectives import METHODS, Live, feature_loss
+from toughen.objectives.feature_loss import LayerGradient
+from toughen.rng import generator, stream_seed
+from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
+
+
+@METHODS.register("clat")
+@dataclass(frozen=True, kw_only=True)
+class CLAT:
+    """Criticality-leveraged adversarial training: ``min over f_S of E CE(F(x), y) + lam * L_C(f_S)`` (Eq. 6).
+
+    Until ``start_epoch`` the inner method trains all layers. Then, and every ``every`` epochs, the criticality of all
+    layers is measured on ``probe_size`` training images, the ``k`` layers that ``select`` names are trained, and all
+    others are frozen bit for bit. The numbers in brackets are the rows of the list of open choices on the CLAT card.
+
+    Args:
+        k: How many layers train; None is 5 % of the selectable ones, at least 1 [26].
+        lam: Weight of L_C (the paper gives none); ``"auto"`` sets it once, at the first selection, so that the weighted
+            L_C is ``rho`` times the clean cross-entropy there [1].
+        rho: See ``lam``.
+        start_epoch: Epochs that the inner method trains before.
+        every: Epochs between selections (Algorithm 1: 10); None selects once and keeps that choice (Tables 5, 6, 14).
+        select: ``"top"``, ``"bottom"``, ``"random"``, ``"shape_only"``, ``"fixed"``, or any ``SelectionRule``.
+        layers: Qualified names for ``select="fixed"``.
+        base: What L_C is added to [19, 24]: ``"clean_ce"`` the clean cross-entropy (Eq. 6), ``"adv_ce"`` the
+            cross-entropy at the perturbation of Eq. 5, ``"inner"`` the inner method's own attack and loss.
+        feature_norm: How a feature difference is measured in attack and loss [2]: ``"l2"`` (Eq. 5), ``"squared"``,
+            ``"rms"``, ``"dim"``, ``"relative"``.
+        inner_max: The attack of Eq. 5: ``"same"`` as the run's, or one ``"fgsm-rs"`` step, which is CLAT (fast).
+        clean_grad: Whether F_i(x) in L_C depends on the weights (``"keep"``, Eq. 5) or not (``"detach"``) [17].
+        layer_grad: Whether the term of a layer also trains selected layers before it (``"flow"``) or not (``"own"``)
+            [18].
+        norm_stats: Batch-norm statistics while layers are frozen [11]: ``"frozen"``; ``"follow"``, where only the
+            batch norm behind a selected layer moves; ``"update"``, where all move, as a plain ``model.train()`` would.
+        norm_affine: Whether scale and shift of the batch norm behind a selected layer train too (``"follow"``) [13].
+        on_reselect: Momentum at a new selection [15]: ``"staying"`` drops it except for layers that stay selected,
+            ``"keep"`` touches nothing, ``"reset"`` drops all. Needs the optimizer in ``epoch_start``.
+        lr: ``"continue"`` the schedule, or ``"restart"`` it when CLAT begins [16]. The loop applies it.
+        lr_scale: Factor on the scheduled learning rate while CLAT is active [16]. The loop applies it.
+        forward: ``"truncated"`` stops attacks at the deepest selected layer; ``"full"`` runs all: same result [30].
+        probe_size: Training images per selection, 10 to 100 in the paper (Table 10) [21].
+        classifier: Whether the classifier may be selected (``"include"``) [5].
+        criticality: How the index is measured [3, 4, 6-10].
+
+    Raises:
+        InputError: A setting is out of its range, or two contradict each other.
+    """
+
+    k: int | None = None
+    lam: float | Literal["auto"] = "auto"
+    rho: float = 0.1
+    start_epoch: int = 0
+    every: int | None = 10
+    select: str | SelectionRule = "top"
+    layers: tuple[str, ...] = ()
+    base: Literal["clean_ce", "adv_ce", "inner"] = "clean_ce"
+    feature_norm: FeatureNorm = "l2"
+    inner_max: Literal["same", "fgsm-rs"] = "same"
+    clean_grad: Literal["keep", "detach"] = "keep"
+    layer_grad: LayerGradient = "flow"
+    norm_stats: NormStats = "frozen"
+    norm_affine: Literal["frozen", "follow"] = "frozen"
+    on_reselect: Literal["staying", "keep", "reset"] = "staying"
+    lr: Literal["continue", "restart"] = "continue"
+    lr_scale: float = 1.0
+    forward: Literal["truncated", "full"] = "truncated"
+    probe_size: int = 100
+    classifier: Literal["exclude", "include"] = "exclude"
+    criticality: CriticalityOptions = field(default_factory=CriticalityOptions)
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise InputError(f"clat k is {self.k}; at least 1 layer must train")
+        if self.lam != "auto" and not (isinstance(self.lam, float | int) and 0 <= self.lam < math.inf):
+            raise InputError(f"clat lam is {self.lam!r}; it must be a number >= 0, or 'auto'")
+        if not self.rho >= 0 or not self.lr_scale >= 0:
+            raise InputError(f"clat rho is {self.rho} and lr_scale {self.lr_scale}; both must be >= 0")
+        if self.start_epoch < 0 or (self.every is not None and self.every < 1) or self.probe_size < 1:
+            raise InputError(
+                f"clat start_epoch is {self.start_epoch}, every {self.every}, probe_size {self.probe_size}; "
+                "they must be >= 0, >= 1 (or null for a single selection), and >= 1"
+            )
+        if (self.select == "fixed") != bool(self.layers):
+            raise InputError("clat layers and select='fixed' go together: name the layers, or choose another rule")
+        self.rule()
+
+    @classmethod
+    def paper(cls, *, lam: float, k: int | None = None, **changes: Any) -> "CLAT":
+        """Return the literal reading of the paper: Eq. 6 with a given lambda, all batch norm in train mode."""
+        return cls(k=k, lam=lam, norm_stats="update", **changes)
+
+    @property
+    def label(self) -> str:
+        """``"CLAT"``, or ``"CLAT (fast)"``."""
+        return "CLAT" if self.inner_max == "same" else "CLAT (fast)"
+
+    @property
+    def needs_inner(self) -> str | None:
+        """Why CLAT can't stand alone with these settings, or None if it can."""
+        if self.start_epoch > 0:
+            return f"nothing would train before start_epoch={self.start_epoch}"
+        return "base='inner' has no inner loss" if self.base == "inner" else None
+
+    def rule(self) -> SelectionRule:
+        """Return the selection rule that ``select`` and ``layers`` name."""
+        if not isinstance(self.select, str):
+            return self.select
+        return Fixed(self.layers) if self.select == "fixed" else SELECTORS[self.select]()
+
+    def named_layers(self) -> tuple[str, ...]:
+        """Return the layers that the user named, or none where a rule chooses."""
+        rule = self.rule()
+        return tuple(rule.layers) if isinstance(rule, Fixed) else ()
+
+    def bind(self, model: nn.Module, *, attack: Attack, inner: Live | None = None, seed: int = 0) -> "LiveCLAT":
+        """Bind CLAT to a model, for use in any training loop.
+
+        Args:
+            model: The network.
+            attack: Finds the perturbations, for the selection (at the output) and for Eq. 5 (at the features).
+            inner: The method that trains before ``start_epoch``, and whose loss ``base="inner"`` keeps.
+            seed: Of random starts, random selection and probes.
+
+        Raises:
+            InputError: These settings need an inner method and there is none.
+        """
+        if inner is None and self.needs_inner:
+            raise InputError(f"CLAT stands alone but {self.needs_inner}; use stack(PGDAT(), CLAT(...))")
+        return LiveCLAT(model, settings=self, attack=attack, inner=inner, seed=seed)
+
+
+METHODS.register("clat-paper")(CLAT.paper)
+
+
+class LiveCLAT(Live):
+    """CLAT bound to a model."""
+
+    def __init__(self, model: nn.Module, *, settings: CLAT, attack: Attack, inner: Live | None, seed: int) -> None:
+        super().__init__(model, seed=seed)
+        self.settings = settings
+        self.attack = attack
+        self.inner = inner
+        self.feature_attack: Attack = attack if settings.inner_max == "same" else fgsm_rs(attack.threat)
+        self.trainable_set = TrainableSet(model, norm_stats=settings.norm_stats, norm_affine=settings.norm_affine)
+        self.layer_map: LayerMap | None = None
+        self.first_epoch: int | None = None
+        self.lam: float = 0.0 if settings.lam == "auto" else float(settings.lam)
+        self._layers: tuple[Layer, ...] = ()
+
+    # -- what trains ------------------------------------------------------------------------------
+
+    def epoch_start(
+        self, epoch: int, probe: Batches = (), *, optimizer: torch.optim.Optimizer | None = None
+    ) -> Selection | None:
+        """Select the layers to train, when a selection is due; see ``Live.epoch_start``.
+
+        Raises:
+            InputError: A selection is due and ``probe`` is empty, or ``k`` is larger than the number of layers.
+        """
+        if self.inner is not None:
+            self.inner.epoch_start(epoch, probe, optimizer=optimizer)
+        if not self._due(epoch):
+            return None
+        images = _first_images(probe, self.settings.probe_size)
+        report = self._report(images, epoch)
+        draw = generator(self.seed, "select", epoch)
+        k = self._num_layers(self._map(images[0]))
+        names = self.settings.rule()(report, k, classifier=self.settings.classifier == "include", generator=draw)
+        self._train_only(names, optimizer)
+        if self.first_epoch is None:
+            self.first_epoch = epoch
+            if self.settings.lam == "auto":
+                self.lam = self._balanced_lam(images)
+        return Selection(epoch, names, report)
+
+    def _due(self, epoch: int) -> bool:
+        if self.first_epoch is None:
+            return epoch >= self.settings.start_epoch
+        every = self.settings.every
+        return every is not None and (epoch - self.first_epoch) % every == 0
+
+    def check(self, example: Tensor) -> None:
+        """See ``Live.check``."""
+        selectable = (
+            self._map(example).selectable if self.settings.classifier == "exclude" else self._map(example).measurable
+        )
+        if self.settings.k is not None and self.settings.k > len(selectable):
+            raise InputError(
+                f"clat k is {self.settings.k}; {type(self.model).__name__} has {len(selectable)} layers "
+                f"to choose from, so k must be 1 to {len(selectable)}"
+            )
+        for name in self.settings.named_layers():
+            self._map(example).by_name(name)
+        if self.inner is not None:
+            self.inner.check(example)
+
+    def _map(self, images: Tensor) -> LayerMap:
+        if self.layer_map is None:
+            options, device = self.settings.criticality, next(self.model.parameters()).device
+            self.layer_map = map_layers(
+                self.model, images[:1].to(device), granularity=options.granularity, exclude=options.exclude
+            )
+        return self.layer_map
+
+    def _report(self, images: tuple[Tensor, Tensor], epoch: int) -> CriticalityReport:
+        seed = stream_seed(self.seed, "selection attack", epoch)
+        layers, options = self._map(images[0]), self.settings.criticality
+        return analyze(self.model, [images], attack=self.attack, layers=layers, options=options, seed=seed)
+
+    def _num_layers(self, layers: LayerMap) -> int:
+        if self.settings.k is not None:
+            return self.settings.k
+        return len(self.settings.named_layers()) or max(1, round(0.05 * len(layers.selectable)))
+
+    def _train_only(self, names: tuple[str, ...], optimizer: torch.optim.Optimizer | None) -> None:
+        assert self.layer_map is not None
+        before = {id(p) for p in self.trainable()} if self._layers else set()
+        self._layers = tuple(self.layer_map.by_name(name) for name in names)
+        self.trainable_set.select(self._layers)
+        if optimizer is None or self.settings.on_reselect == "keep":
+            return
+        staying = {id(p) for p in self.trainable()} & before if self.settings.on_reselect == "staying" else set()
+        for parameter in list(optimizer.state):
+            if id(parameter) not in staying:
+                del optimizer.state[parameter]
+
+    def _balanced_lam(self, images: tuple[Tensor, Tensor]) -> float:
+        """``rho * CE_0 / L_C0`` on the probe."""
+        x, y = (tensor.to(next(self.model.parameters()).device) for tensor in images)
+        x_adv = self._feature_perturb(Batch(x, y), generator(self.seed, "lam", device=x.device))
+        with torch.no_grad(), mode(self.model, training=False):
+            cross_entropy = F.cross_entropy(self.view(x), y)
+            distance = feature_loss(self.view, x, x_adv, self._names, norm=self.settings.feature_norm)
+        return self.settings.rho * float(cross_entropy) / max(float(distance), 1e-12)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(layer.name for layer in self._layers)
+
+    @property
+    def selected(self) -> tuple[str, ...] | None:
+        """See ``Live.selected``."""
+        return self._names or None
+
+    @property
+    def lr_scale(self) -> float:
+        """See ``Live.lr_scale``."""
+        return self.settings.lr_scale if self._layers else 1.0
+
+    @property
+    def schedule_start(self) -> int:
+        """See ``Live.schedule_start``."""
+        return self.first_epoch or 0 if self.settings.lr == "restart" else 0
+
+    def facts(self) -> dict[str, float]:
+        """See ``Live.facts``."""
+        return {"lam": self.lam} if self._layers else {}
+
+    def release(self) -> None:
+        """See ``Live.release``."""
+        self.trainable_set.restore()
+
+    # -- what is minimised ------------------------------------------------------------------------
+
+    def perturb(self, batch: Batch, *, generator: torch.Generator) -> AdversarialBatch:
+        """Solve Eq. 5's inner problem on the selected layers, where the loss needs it."""
+        if not self._layers:
+            return self._before().perturb(batch, generator=generator)
+        self.trainable_set.apply_mode()
+        inner = self._before().perturb(batch, generator=generator) if self.settings.base == "inner" else None
+        if self.lam == 0 and self.settings.base != "adv_ce":
+            return AdversarialBatch(batch, batch.x, inner)
+        return AdversarialBatch(batch, self._feature_perturb(batch, generator), inner)
+
+    def loss(self, adv: AdversarialBatch) -> StepOutput:
+        """Return Eq. 6: the base loss plus ``lam`` times L_C of the selected layers."""
+        if not self._layers:
+            return self._before().loss(adv)
+        self.trainable_set.apply_mode()
+        batch, settings = adv.batch, self.settings
+        clean: Mapping[str, Tensor] | None = None
+        if settings.base == "inner":
+            assert adv.inner is not None
+            output = self._before().loss(adv.inner)
+            base, terms = output.loss, output.terms
+        elif settings.base == "adv_ce":
+            base = F.cross_entropy(self.view(adv.x_adv), batch.y)
+            terms = {"adv_ce": base.detach()}
+        else:
+            features = self.view.features(batch.x, self._names if self.lam else ())
+            assert features.logits is not None
+            clean = features.values or None
+            base = F.cross_entropy(features.logits, batch.y)
+            terms = {"clean_ce": base.detach()}
+        if self.lam == 0:
+            return StepOutput(base, terms)
+        distance = feature_loss(
+            self.view,
+            batch.x,
+            adv.x_adv,
+            self._names,
+            norm=settings.feature_norm,
+            clean=clean,
+            clean_grad=settings.clean_grad,
+            layer_grad=settings.layer_grad,
+            stop_early=settings.forward == "truncated",
+        )
+        return StepOutput(base + self.lam * distance, {**terms, "feature": distance.detach()})
+
+    def _before(self) -> Live:
+        if self.inner is None:
+            raise InputError("CLAT has selected no layers yet: call epoch_start(epoch, probe) before the first batch")
+        return self.inner
+
+    def _feature_perturb(self, batch: Batch, draw: torch.Generator) -> Tensor:
+        goal = FeatureShift(
+            layers=self._names,
+            norm=self.settings.feature_norm,
+            stop_early=self.settings.forward == "truncated",
+        )
+        return self.feature_attack(self.model, batch.x, batch.y, goal=goal, generator=draw)
+
+    # -- resuming -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Live.state_dict``."""
+        return {
+            **super().state_dict(),
+            "first_epoch": self.first_epoch,
+            "lam": self.lam,
+            "selected": [asdict(layer) for layer in self._layers],
+            "inner": None if self.inner is None else self.inner.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Live.load_state_dict``; freezes what was frozen."""
+        super().load_state_dict(state)
+        self.first_epoch, self.lam = state["first_epoch"], state["lam"]
+        if self.inner is not None and state["inner"] is not None:
+            self.inner.load_state_dict(state["inner"])
+        self._layers = tuple(
+            Layer(**{**layer, "parameters": tuple(layer["parameters"])}) for layer in state["selected"]
+        )
+        if self._layers:
+            self.trainable_set.select(self._layers)
+        else:
+            self.trainable_set.restore()
+
+
+def _first_images(probe: Batches, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` images of the probe, as one batch."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    missing = count
+    for x, y, *_ in probe:
+        batches.append((x[:missing], y[:missing]))
+        missing -= len(batches[-1][0])
+        if missing <= 0:
+            break
+    if not batches:
+        raise InputError("CLAT has to select layers but the probe is empty: pass some training images as (x, y) pairs")
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])

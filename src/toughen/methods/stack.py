@@ -1,0 +1,59 @@
+"""Composition: ``stack(PGDAT(), CLAT(k=3))`` reads inner to outer and is the table label "PGD-AT + CLAT"."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from toughen.attacks import Attack
+from toughen.errors import InputError
+from toughen.methods.wrapper import Wrapper
+from toughen.objectives import Live, Objective
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Methods from inner to outer; made by ``stack``.
+
+    Args:
+        methods: At most one objective, which comes first, and the wrappers around it.
+
+    Raises:
+        InputError: Nothing to stack, an objective that is not the first, or a wrapper that misses its inner method.
+    """
+
+    methods: tuple[Objective | Wrapper, ...]
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise InputError("the method list is empty; start it with an objective, for example pgd-at")
+        for outer in self.methods[1:]:
+            if isinstance(outer, Objective):
+                raise InputError(
+                    f"{outer.label} is an objective and must come first; {self.methods[0].label} stands there"
+                )
+        first = self.methods[0]
+        if not isinstance(first, Objective) and first.needs_inner:
+            raise InputError(
+                f"{first.label} stands alone but {first.needs_inner}; put an objective before it, for example pgd-at"
+            )
+
+    @property
+    def label(self) -> str:
+        """The row label of the paper's tables, for example ``"PGD-AT + CLAT"``."""
+        return " + ".join(method.label for method in self.methods)
+
+    def bind(self, model: nn.Module, *, attack: Attack, seed: int = 0) -> Live:
+        """Bind the whole stack to a model, for use in any training loop."""
+        live: Live | None = None
+        for method in self.methods:
+            if isinstance(method, Objective):
+                live = method.bind(model, attack=attack, seed=seed)
+            else:
+                live = method.bind(model, attack=attack, inner=live, seed=seed)
+        assert live is not None
+        return live
+
+
+def stack(*methods: Objective | Wrapper) -> Stack:
+    """Compose methods, inner to outer; see ``Stack``."""
+    return Stack(methods)

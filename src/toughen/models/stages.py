@@ -1,0 +1,37 @@
+"""What the convolutional families share: convolutions, stages of blocks, pooling, initial weights."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+def conv3x3(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Conv2d:
+    """Return a padded 3x3 convolution without bias (batch norm has one)."""
+    return nn.Conv2d(channels_in, channels_out, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def conv1x1(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Conv2d:
+    """Return a 1x1 convolution without bias: the projection on a shortcut."""
+    return nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=stride, bias=False)
+
+
+def stage(
+    block: Callable[[int, int, int], nn.Module], channels_in: int, channels_out: int, *, stride: int
+) -> nn.Sequential:
+    """Stack two blocks ``block(channels_in, channels_out, stride)``; the first one changes the shape."""
+    return nn.Sequential(block(channels_in, channels_out, stride), block(channels_out, channels_out, 1))
+
+
+def global_average(features: Tensor) -> Tensor:
+    """Average [B, C, H, W] over the image, to [B, C]: any image size fits the classifier."""
+    return features.mean(dim=(2, 3))
+
+
+def init_convolutions(model: nn.Module) -> None:
+    """Draw the convolutions' weights after He et al. (2015): normal, variance ``2 / fan_out``.
+
+    Batch norms start at (1, 0) and the linear classifier as torch draws it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

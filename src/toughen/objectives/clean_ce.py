@@ -1,0 +1,32 @@
+"""Ordinary training: cross-entropy on clean images (the start of Table 11)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from toughen.attacks import Attack
+from toughen.layers import ModelView
+from toughen.objectives.objective import METHODS, Objective
+from toughen.types import AdversarialBatch, Batch, StepOutput
+
+
+@METHODS.register("clean")
+@dataclass(frozen=True)
+class CleanCE(Objective):
+    """E CE(F(x), y): no attack at all."""
+
+    label: ClassVar[str] = "clean"
+
+    def perturb(
+        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
+    ) -> AdversarialBatch:
+        """Return the clean images themselves."""
+        return AdversarialBatch(batch, batch.x)
+
+    def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
+        """Return the cross-entropy of the clean images."""
+        loss = F.cross_entropy(view(adv.batch.x), adv.batch.y)
+        return StepOutput(loss, {"clean_ce": loss.detach()})

@@ -1,0 +1,57 @@
+"""One small registry class; the named instances live with their kind."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+from toughen.errors import unknown
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T]):
+    """Things of one kind by name. Registering a name twice is an error; an unknown name lists near ones."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that stores its argument under ``name`` and hands it back unchanged."""
+
+        def store(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._entries[name] = entry
+            return entry
+
+        return store
+
+    def __getitem__(self, name: str) -> T:
+        """Look a name up.
+
+        Raises:
+            InputError: Nothing is registered under this name.
+        """
+        if name not in self._entries:
+            raise unknown(self.kind, name, self._entries)
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def name_of(self, entry: object) -> str:
+        """Return the first name under which ``entry`` is registered.
+
+        Raises:
+            ValueError: It is not registered.
+        """
+        for name, value in self._entries.items():
+            if value is entry:
+                return name
+        raise ValueError(f"{entry!r} is not a registered {self.kind}")

@@ -1,0 +1,88 @@
+"""Objectives: their losses by hand, and reductions between them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from as_found import left_as_found
+from toughen.attacks import PGD
+from toughen.objectives import METHODS, PGDAT, CleanCE
+from toughen.rng import generator
+from toughen.types import Batch, ThreatModel
+from zoo import ZOO, build, images
+
+X, Y = images(6)
+PGD2 = PGD(ThreatModel(eps=0.1), step_size=0.05, steps=2)
+
+
+def gradients(model, loss):
+    return torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+
+def identical(a, b):
+    return all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_clean_training_is_the_cross_entropy_of_the_clean_images():
+    model = build("nested")
+    out = CleanCE().bind(model, attack=PGD2)(X, Y)
+    assert torch.equal(out.loss, F.cross_entropy(build("nested")(X), Y))
+    assert out.terms == {"clean_ce": out.loss.detach()}
+
+
+def test_pgd_at_is_the_cross_entropy_of_the_attacked_images():
+    model = build("nested")
+    out = PGDAT().bind(model, attack=PGD2, seed=5)(X, Y)
+    x_adv = PGD2(build("nested"), X, Y, generator=generator(5, "attack", 0))
+    assert not torch.equal(x_adv, X)
+    assert torch.equal(out.loss, F.cross_entropy(build("nested")(x_adv), Y))
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n != "dropouts"])
+def test_pgd_at_with_eps_zero_is_clean_training(name):
+    still = PGD(ThreatModel(eps=0.0), step_size=0.05, steps=2)
+    a, b = build(name), build(name)
+    found = [PGDAT().bind(a, attack=still)(X, Y).loss, CleanCE().bind(b, attack=PGD2)(X, Y).loss]
+    assert torch.equal(*found)
+    assert identical(gradients(a, found[0]), gradients(b, found[1]))
+
+
+def test_perturbing_leaves_the_model_as_found_and_the_images_detached():
+    model = build("normed")
+    live = PGDAT().bind(model, attack=PGD2)
+    with left_as_found(model):
+        adv = live.perturb(Batch(X, Y), generator=torch.Generator())
+    assert not adv.x_adv.requires_grad
+
+
+def test_each_call_draws_another_start_and_the_seed_decides_all_of_them():
+    def losses(seed):
+        live = PGDAT().bind(build("backwards"), attack=PGD2, seed=seed)
+        return [float(live(X, Y).loss.detach()) for _ in range(3)]
+
+    assert len(set(losses(0))) == 3
+    assert losses(0) == losses(0)
+    assert losses(0) != losses(1)
+
+
+def test_a_resumed_objective_continues_with_the_same_draws():
+    live = PGDAT().bind(build("backwards"), attack=PGD2)
+    live(X, Y)
+    state = live.state_dict()
+    expected = live(X, Y).loss
+    fresh = PGDAT().bind(build("backwards"), attack=PGD2)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(X, Y).loss, expected)
+
+
+def test_objectives_train_all_layers_and_select_none():
+    model = build("backwards")
+    live = PGDAT().bind(model, attack=PGD2)
+    assert live.epoch_start(0, [(X, Y)]) is None
+    assert live.selected is None
+    assert live.trainable() == list(model.parameters())
+
+
+def test_objectives_are_registered_by_their_recipe_names():
+    assert METHODS["clean"] is CleanCE
+    assert METHODS["pgd-at"] is PGDAT

@@ -1,0 +1,562 @@
+import io
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from small_runs import SHRINK, clat, fingerprints, outcome, recipe, train
+from toughen import PGD, ThreatModel, Trainer, analyze, data, evaluate, models
+from toughen.cli import main
+from toughen.errors import InputError
+from toughen.evaluation import parse_attack
+from toughen.run_folder import RunFolder
+
+VERBS = ("train", "analyze", "evaluate", "compare", "list")
+DIGITS = [*SHRINK, "train.epochs=2", "branch_epoch=1"]
+
+
+class Said(NamedTuple):
+    """How a command ended, and what it printed."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def toughen(capsys):
+    """Runs a command line in this process."""
+
+    def run(*words: object) -> Said:
+        capsys.readouterr()
+        status = main([str(word) for word in words])
+        return Said(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def refused(toughen):
+    """Asserts that a command is refused as the user's mistake in one line that holds all the given words."""
+
+    def check(words: list[object], *expected: object) -> str:
+        said = toughen(*words)
+        assert said.status == 2, said
+        assert said.err.count("\n") == 1, said.err
+        assert said.err.startswith("toughen: ")
+        assert said.out == ""
+        for part in expected:
+            assert str(part) in said.err, said.err
+        return said.err
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> RunFolder:
+    """A finished run with two branches; read only."""
+    branches = {"pgd-at": {}, "clat": clat(lam=0.03)}
+    return train(tmp_path_factory.mktemp("finished") / "run", branch_epoch=1, branches=branches)
+
+
+@pytest.fixture
+def own(finished, tmp_path) -> RunFolder:
+    """A copy of the finished run that a test may spoil."""
+    shutil.copytree(finished.path, tmp_path / "own")
+    return RunFolder(tmp_path / "own")
+
+
+def picture(level: int = 0, size: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (size, size), level).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def image_folder(root: Path) -> Path:
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for number in range(6):
+            (root / name / f"{number}.png").write_bytes(picture(20 * number))
+    return root
+
+
+def parquet_folder(root: Path, labels: list[int]) -> Path:
+    root.mkdir(parents=True)
+    table = pa.table({"img": [picture(10 * row) for row in range(len(labels))], "label": labels})
+    card = {"info": {"features": {"label": {"names": ["cat", "dog"]}}}}
+    for part in ("train", "test"):
+        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(card)}), root / f"{part}-0.parquet")
+    return root
+
+
+# -- help ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_shows_an_example_and_exits_0(toughen, capsys, verb):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"example:\n  toughen {verb} \w+", text)
+
+
+def test_help_and_version_exit_0(capsys):
+    for flag, expected in (("--help", VERBS), ("--version", ("toughen ",))):
+        with pytest.raises(SystemExit) as ended:
+            main([flag])
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert all(word in text for word in expected)
+
+
+def test_the_example_of_each_help_is_accepted(toughen, capsys, monkeypatch, tmp_path, finished):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished.path, tmp_path / "runs" / "small_cnn-digits")
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        found = re.search(r"example:\n  toughen (.*)", capsys.readouterr().out)
+        assert found is not None
+        words = found[1].split()
+        if verb == "train":
+            words += [*SHRINK, "--dry-run"]
+        if verb == "evaluate":
+            words += ["--samples", "10"]
+        assert toughen(*words).status == 0, words
+
+
+# -- train --------------------------------------------------------------------------------------------
+
+
+def test_the_default_run_prints_the_selected_layers_and_both_continuations(toughen, tmp_path):
+    said = toughen("train", *DIGITS, "--out", tmp_path / "run")
+    assert said.status == 0
+    run = RunFolder.open(tmp_path / "run")
+    [selected] = run.branch("clat").reports()[1]["selected"]
+    assert re.search(rf"selection after 1 epochs.*{re.escape(selected)} \*", said.out, flags=re.DOTALL)
+    [*_, table] = said.out.split("accuracy on 40 test images")
+    for member, name in ((run, "run"), (run.branch("pgd-at"), "run/pgd-at"), (run.branch("clat"), "run/clat")):
+        [line] = [line for line in table.splitlines() if re.match(rf"\W*{name} +PGD", line)]
+        for attack in ("clean", "pgd-20"):
+            figures = [100 * member.evaluations(which)[attack]["accuracy"] for which in ("last", "best")]
+            assert f"{figures[0]:.1f} ({figures[1]:.1f})" in line
+        assert f"{100 * member.log()[-1]['trainable_share']:.1f} %" in line
+    for file in ("training.png", "branches/clat/criticality.png"):
+        with Image.open(run.path / file) as drawn:
+            assert drawn.format == "PNG"
+        assert file.rpartition("/")[2] in said.err
+
+
+def test_progress_goes_to_standard_error_and_results_to_standard_output(toughen, tmp_path):
+    said = toughen("train", *DIGITS, "--out", tmp_path / "run")
+    assert "epoch   1" in said.err
+    assert "epoch   1" not in said.out
+    assert "FLOPs" in said.out
+    assert "FLOPs" not in said.err
+
+
+def test_dry_run_prints_recipe_and_layers_and_writes_nothing(toughen, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = toughen("train", "digits", "train.epochs=77", "--dry-run")
+    assert said.status == 0
+    assert "epochs: 77" in said.out
+    assert "layer3.1.conv" in said.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_exits_130_and_its_resume_command_ends_it(toughen, tmp_path, monkeypatch, finished):
+    words = [*DIGITS, "--out", tmp_path / "run"]
+    whole = tmp_path / "whole"
+    assert toughen("train", *DIGITS, "--out", whole).status == 0
+    step = Trainer._step
+
+    def stop(self: Trainer, batch: object) -> None:
+        step(self, batch)
+        if self.progress.step == 1:
+            self._stop_asked = True
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", stop)
+        said = toughen("train", *words)
+    assert said.status == 130
+    [command] = re.findall(r"toughen (train --resume .*)$", said.err.strip())
+    assert toughen(*command.split()).status == 0
+    assert fingerprints(RunFolder(tmp_path / "run")) == fingerprints(RunFolder(whole))
+
+
+# -- train, refused -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["digit"], ["unknown recipe 'digit'", "did you mean 'digits'"]),
+        (["mine.yaml"], ["no recipe file mine.yaml"]),
+        (["trainer.epochs=1"], ["'trainer'", "did you mean 'train'"]),
+        (["train.epoch=1"], ["train", "'epoch'", "did you mean 'epochs'"]),
+        (["model.name=resnet81"], ["'resnet81'", "did you mean 'resnet18'"]),
+        (["train.epochs=many"], ["train.epochs", "'many'", "integer"]),
+        (["train.lr=quick", "train.epochs=many"], ["train.epochs", "'many'", "train.lr", "'quick'"]),
+        (["threat.eps=-0.1"], ["eps is -0.1"]),
+        (["threat.eps=-8/255"], ["threat.eps", "'-8/255'"]),
+        (["attack.steps=0"], ["steps is 0", "at least 1"]),
+        (["train.epochs=0"], ["train.epochs is 0"]),
+        (["branches.clat.method.1.k=7"], ["k is 7", "6 layers", "1 to 6"]),
+        (["method=[{name: pgd-at}, {name: clat, k: 9, start_epoch: 1}]"], ["k is 9", "1 to 6"]),
+        (
+            ["branches.clat.method.1.select=fixed", "branches.clat.method.1.layers=[layer9]"],
+            ["unknown layer 'layer9'", "layer3.0.conv", "toughen list layers"],
+        ),
+        (["train.batch_size=61"], ["batch_size is 61", "60 images"]),
+        (["data.train_samples=99999"], ["99999", "1198"]),
+        (["data.name=folder:nowhere"], ["nowhere", "does not exist"]),
+        (["data.name=parquet:nowhere"], ["nowhere", "train-*.parquet"]),
+        (["data.name=digitz"], ["'digitz'", "did you mean 'digits'"]),
+        (["data.path=here"], ["takes no path", "'here'"]),
+        (["train.device=cuda:9"], ["train.device", "'cuda:9'"]),
+        (["evaluate.attacks=[pgd20]"], ["unknown attack 'pgd20'", "pgd-20"]),
+        (["evaluate.attacks=[clean, clean]"], ["evaluate.attacks", "clean"]),
+        (["--resum", "run", "--extra"], ["--extra"]),
+        (["train.epochs"], ["'train.epochs'"]),
+    ],
+    ids=" ".join,
+)
+def test_a_bad_setting_is_refused_before_anything_is_written(refused, tmp_path, monkeypatch, words, expected):
+    monkeypatch.chdir(tmp_path)
+    named = words if words[0].startswith("--") or "=" not in words[0] else [*DIGITS, *words]
+    refused(["train", *named], *expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lone_word_that_is_no_override_is_refused(refused):
+    refused(["train", "digits", "epochs"], "'epochs'", "key.path=value")
+
+
+def test_an_empty_data_folder_is_refused(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for kind in ("folder", "parquet", "cifar10"):
+        refused(["train", f"data.name={kind}:{tmp_path / 'empty'}", "--out", tmp_path / "run"], tmp_path / "empty")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_that_cannot_be_decoded_is_named(refused, tmp_path):
+    root = image_folder(tmp_path / "images")
+    (root / "dog" / "3.png").write_bytes(picture()[:40])
+    refused(["train", f"data.name=folder:{root}", "data.validation=1", "--out", tmp_path / "run"], root / "dog/3.png")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_outside_the_classes_is_named(refused, tmp_path):
+    root = parquet_folder(tmp_path / "images", [0, 1, 2, 1])
+    refused(
+        ["train", f"data.name=parquet:{root}", "data.validation=1", "--out", tmp_path / "run"],
+        "label 2",
+        "0..1",
+    )
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        refused(["train", *DIGITS, "--out", out], "output folder", out, "choose another --out")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_output_folder_with_a_finished_run_is_refused_and_the_run_is_kept(refused, own):
+    before = outcome(own)
+    refused(["train", *DIGITS, "--out", own.path], own.path, "already holds a finished run")
+    assert outcome(own) == before
+
+
+def test_an_output_folder_with_an_unfinished_run_names_the_resume_command(refused, own):
+    (own.path / "finished.json").unlink()
+    before = outcome(own)
+    refused(["train", *DIGITS, "--out", own.path], "already holds an unfinished run", f"--resume {own.path}")
+    assert outcome(own) == before
+
+
+# -- --resume, refused --------------------------------------------------------------------------------
+
+
+def test_resuming_what_is_no_run_is_refused(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "gone", tmp_path / "file"):
+        refused(["train", "--resume", path], path, "not a run folder")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_resuming_a_finished_run_points_at_compare(refused, finished):
+    refused(["train", "--resume", finished.path], "is finished", f"toughen compare {finished.path}")
+
+
+def test_resuming_takes_no_other_settings(refused, own):
+    (own.path / "finished.json").unlink()
+    refused(["train", "--resume", own.path, "train.epochs=9"], "--resume takes everything from the run folder")
+    refused(["train", "--resume", own.path, "--out", "elsewhere"], "--resume takes everything from the run folder")
+
+
+@pytest.mark.parametrize("content", ["train: [", "- 1", "", "model: {name: small_cnn}"])
+def test_resuming_a_run_with_a_damaged_recipe_is_refused(refused, own, content):
+    (own.path / "finished.json").unlink()
+    own.config_file.write_text(content)
+    refused(["train", "--resume", own.path])
+
+
+@pytest.mark.parametrize("kind", ["truncated", "of another model", "a pickle"])
+def test_a_spoiled_checkpoint_is_refused_and_kept(refused, own, kind):
+    (own.path / "finished.json").unlink()
+    last = own.checkpoints / "last"
+    if kind == "truncated":
+        (last / "weights.safetensors").write_bytes((last / "weights.safetensors").read_bytes()[:500])
+    elif kind == "of another model":
+        own.config_file.write_text(own.config_file.read_text().replace("width: 2", "width: 3"))
+    else:
+        (last / "weights.safetensors").write_bytes(pickle.dumps({"weight": 1}))
+    before = fingerprints(own)
+    for words in (["train", "--resume", own.path], ["evaluate", own.path], ["analyze", own.path]):
+        refused(words, last, "another model" if kind == "of another model" else "damaged")
+    assert fingerprints(own) == before
+
+
+# -- evaluate -----------------------------------------------------------------------------------------
+
+
+def test_evaluating_a_run_stores_the_outcome_of_every_sample(toughen, own):
+    said = toughen("evaluate", own.path, "--attacks", "clean,pgd-3", "--json", own.path / "out.json")
+    assert said.status == 0
+    stored = own.evaluations("last")["pgd-3"]
+    assert len(stored["correct"]) == stored["n"] == 40
+    assert stored["settings"]["steps"] == 3
+    assert stored["settings"]["threat"]["eps"] == 0.15
+    assert f"{100 * stored['accuracy']:.2f} %" in said.out
+    written = json.loads((own.path / "out.json").read_text())
+    assert written["pgd-3"]["correct"] == stored["correct"]
+    assert toughen("compare", own.path).status == 0
+
+
+def test_an_evaluation_repeats_the_figures_of_the_run(toughen, own):
+    before = own.evaluations("last")["pgd-2"]
+    toughen("evaluate", own.path, "--attacks", "pgd-2")
+    after = own.evaluations("last")["pgd-2"]
+    assert {key: after[key] for key in ("accuracy", "correct", "settings", "n")} == {
+        key: before[key] for key in ("accuracy", "correct", "settings", "n")
+    }
+
+
+def test_the_best_checkpoint_is_evaluated_on_request(toughen, own):
+    assert toughen("evaluate", own.path, "--attacks", "pgd-3", "--checkpoint", "best").status == 0
+    assert "pgd-3" in own.evaluations("best")
+    assert "pgd-3" not in own.evaluations("last")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [["--samples", "5"], ["--eps", "0.4"], ["--step-size", "0.001"], ["--norm", "l2"], ["--data", "digits"]],
+    ids=lambda words: words[0],
+)
+def test_an_evaluation_under_other_conditions_replaces_nothing_in_the_run(toughen, own, changed):
+    before = own.evaluations("last")
+    assert toughen("evaluate", own.path, "--attacks", "clean,pgd-2", *changed).status == 0
+    assert own.evaluations("last") == before
+
+
+def test_a_file_of_weights_is_evaluated_as_the_model_that_is_named(toughen, refused, own):
+    weights = own.checkpoints / "last" / "weights.safetensors"
+    named = ["--model", "small_cnn", "--width", "2"]
+    said = toughen("evaluate", weights, *named, "--attacks", "clean", "--json", own.path / "out.json")
+    assert said.status == 0
+    assert len(json.loads((own.path / "out.json").read_text())["clean"]["correct"]) == 599
+    refused(["evaluate", weights], weights, "--model")
+    refused(["evaluate", weights, "--model", "small_cnn"], weights, "belongs to another model")
+
+
+def test_a_pickle_of_weights_is_refused(refused, tmp_path):
+    torch.save(models.create("small_cnn", in_channels=1).state_dict(), tmp_path / "weights.pt")
+    refused(["evaluate", tmp_path / "weights.pt", "--model", "small_cnn"], tmp_path / "weights.pt", "is a pickle")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "analyze"])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["resnet81"], ["unknown model 'resnet81'", "did you mean 'resnet18'"]),
+        (["gone/run"], ["no run folder or weights file gone/run"]),
+        (["gone.safetensors"], ["no run folder or weights file gone.safetensors"]),
+        (["small_cnn", "--eps", "-1"], ["eps is -1"]),
+        (["small_cnn", "--eps", "8/0"], ["'8/0' is not a number"]),
+        (["small_cnn", "--eps", "much"], ["'much' is not a number"]),
+        (["small_cnn", "--step-size", "-0.1"], ["step_size is -0.1"]),
+        (["small_cnn", "--width", "0"], ["width is 0"]),
+        (["small_cnn", "--width", "wide"], ["--width", "'wide'"]),
+        (["small_cnn", "--data", "digit"], ["unknown data set 'digit'", "did you mean 'digits'"]),
+        (["small_cnn", "--data", "folder:gone"], ["gone", "does not exist"]),
+        (["small_cnn", "--data", "parquet:gone"], ["gone", "train-*.parquet"]),
+        (["small_cnn", "--image-size", "0"], ["image_size is 0"]),
+        (["small_cnn", "--norm", "l1"], ["--norm", "'l1'", "linf"]),
+        (["small_cnn", "--samples", "0"], ["--samples is 0", "must be 1 to"]),
+        (["small_cnn", "--samples", "99999"], ["--samples is 99999", "must be 1 to"]),
+        ([], ["TARGET"]),
+    ],
+    ids=" ".join,
+)
+def test_a_bad_target_or_option_is_refused(refused, tmp_path, monkeypatch, verb, words, expected):
+    monkeypatch.chdir(tmp_path)
+    refused([verb, *words], *expected)
+
+
+def test_bad_options_of_one_verb_are_refused(refused, tmp_path):
+    refused(["analyze", "small_cnn", "--steps", "0"], "steps is 0")
+    refused(["evaluate", "small_cnn", "--attacks", "clean,pgd20"], "unknown attack 'pgd20'")
+    refused(["evaluate", "small_cnn", "--attacks", "clean,clean"], "'clean' is named twice")
+    refused(["evaluate", "small_cnn", "--batch-size", "0"], "batch_size is 0")
+    refused(["bake"], "'bake'", "train")
+    refused([], "VERB")
+
+
+def test_a_folder_that_is_no_run_is_refused_as_a_target(refused, tmp_path):
+    refused(["evaluate", tmp_path], tmp_path, "not a run folder")
+
+
+def test_results_that_cannot_be_written_are_said(toughen, tmp_path):
+    for words in (
+        ["analyze", "small_cnn", "--width", "2", "--samples", "5", "--json", tmp_path / "gone" / "report.json"],
+        ["analyze", "small_cnn", "--width", "2", "--samples", "5", "--plot", tmp_path / "gone" / "report.png"],
+        ["analyze", "small_cnn", "--width", "2", "--samples", "5", "--plot", tmp_path / "report.wav"],
+        ["evaluate", "small_cnn", "--width", "2", "--samples", "5", "--json", tmp_path / "gone" / "report.json"],
+    ):
+        said = toughen(*words)
+        assert said.status == 2
+        assert str(words[-1]) in said.err
+        assert "Traceback" not in said.err
+
+
+# -- analyze ------------------------------------------------------------------------------------------
+
+
+def test_analyze_prints_and_writes_the_criticality_of_each_layer(toughen, tmp_path):
+    files = ["--json", tmp_path / "report.json", "--plot", tmp_path / "report.png"]
+    said = toughen("analyze", "small_cnn", "--width", "4", "--samples", "20", "--steps", "3", *files)
+    assert said.status == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["index"] for row in report["layers"]] == list(range(7))
+    for row in report["layers"]:
+        assert re.search(rf"{re.escape(row['name'])} .*{row['criticality']:.4g}", said.out)
+    with Image.open(tmp_path / "report.png") as drawn:
+        assert drawn.format == "PNG"
+
+
+def assert_twenty_convolutions(said: Said, file: Path) -> None:
+    assert said.status == 0
+    report = json.loads(file.read_text())
+    convolutions = [row for row in report["layers"] if not row["classifier"]]
+    assert [row["index"] for row in convolutions] == list(range(20))
+    assert [row["name"] for row in report["layers"] if row["classifier"]] == ["linear"]
+    assert all(re.search(rf"^\W*{index} .*conv|shortcut", said.out, flags=re.MULTILINE) for index in range(20))
+    assert re.search(r"^\W*cls .*linear", said.out, flags=re.MULTILINE)
+
+
+def test_analyze_lists_the_20_convolutions_of_resnet18_and_the_classifier_apart(toughen, tmp_path):
+    small = ["--width", "4", "--samples", "5", "--steps", "2"]
+    said = toughen("analyze", "resnet18", *small, "--json", tmp_path / "report.json")
+    assert_twenty_convolutions(said, tmp_path / "report.json")
+
+
+@pytest.mark.cifar10
+def test_analyze_reads_real_images_from_parquet_files(toughen, tmp_path, cifar10_path):
+    root = tmp_path / "images"
+    root.mkdir()
+    for part in ("train", "test"):  # decoding all 60,000 takes half a minute
+        [file, *_] = sorted(cifar10_path.glob(f"{part}-*.parquet"))
+        pq.write_table(pq.read_table(file).slice(0, 60), root / f"{part}-0.parquet")
+    small = ["--width", "4", "--samples", "5", "--steps", "2", "--data", f"parquet:{root}"]
+    said = toughen("analyze", "resnet18", *small, "--json", tmp_path / "report.json")
+    assert_twenty_convolutions(said, tmp_path / "report.json")
+
+
+def test_analyze_takes_a_run_with_its_own_threat_and_data(toughen, own):
+    said = toughen("analyze", own.path, "--samples", "20", "--json", own.path / "report.json")
+    assert said.status == 0
+    assert "0.15" in json.dumps(json.loads((own.path / "report.json").read_text())["settings"])
+
+
+# -- compare and list ---------------------------------------------------------------------------------
+
+
+def test_compare_puts_runs_and_their_branches_side_by_side(toughen, finished, own):
+    said = toughen("compare", finished.path, own.path)
+    assert said.status == 0
+    names = ["run", "run/pgd-at", "run/clat", "own", "own/pgd-at", "own/clat"]
+    assert all(re.search(rf"^\W*{name} ", said.out, flags=re.MULTILINE) for name in names)
+
+
+def test_compare_refuses_what_is_no_run_and_runs_without_results(refused, own):
+    refused(["compare", own.path.parent / "gone"], "gone is not a run folder")
+    shutil.rmtree(own.path / "evals")
+    refused(["compare", own.path], "no evaluation yet", f"toughen train --resume {own.path}")
+    refused(["compare"], "RUN")
+
+
+@pytest.mark.parametrize(
+    ("what", "some"),
+    [
+        ("models", ["small_cnn", "resnet18", "preact_resnet18"]),
+        ("datasets", ["digits", "cifar10", "folder", "parquet"]),
+        ("methods", ["clean", "pgd-at", "clat"]),
+        ("attacks", ["pgd", "clean", "fgsm", "pgd-20"]),
+        ("selectors", ["top", "bottom", "random", "fixed", "shape_only"]),
+        ("recipes", ["digits", "cifar10_smoke", "cifar10_tiny", "cifar10_resnet18_pgdat_clat"]),
+    ],
+)
+def test_list_names_what_there_is(toughen, what, some):
+    said = toughen("list", what)
+    assert said.status == 0
+    assert set(some) <= {line.split()[0] for line in said.out.splitlines()}
+    assert said.err == ""
+
+
+def test_list_layers_shows_the_layers_of_a_model(toughen):
+    said = toughen("list", "layers", "resnet18", "--width", "4")
+    assert said.status == 0
+    assert len(re.findall(r"^\W*\d+ .*(?:conv|shortcut)", said.out, flags=re.MULTILINE)) == 20
+    assert len(re.findall(r"^\W*classifier .*linear", said.out, flags=re.MULTILINE)) == 1
+
+
+def test_random_weights_are_noted_beside_the_results(toughen, finished):
+    small = ["small_cnn", "--width", "2", "--samples", "5"]
+    for words in (["analyze", *small], ["evaluate", *small, "--attacks", "clean"]):
+        assert "small_cnn has random weights" in toughen(*words).err
+    assert "random" not in toughen("evaluate", finished.path, "--samples", "5", "--attacks", "clean").err
+
+
+def test_list_refuses_what_it_does_not_know(refused):
+    refused(["list", "layers"], "toughen list layers MODEL")
+    refused(["list", "layers", "resnet81"], "did you mean 'resnet18'")
+    refused(["list", "colours"], "'colours'", "models")
+
+
+# -- from Python --------------------------------------------------------------------------------------
+
+
+def test_pixels_that_are_no_numbers_are_refused_by_evaluate_and_analyze():
+    model, attack = models.create("small_cnn", in_channels=1, width=2), PGD(ThreatModel(eps=0.1), step_size=0.05)
+    x, y = torch.rand(4, 1, 8, 8), torch.arange(4)
+    x[1, 0, 2, 3] = float("nan")
+    clean = parse_attack("clean", threat=attack.threat, step_size=0.05)
+    for call in (lambda: evaluate(model, [(x, y)], [clean]), lambda: analyze(model, [(x, y)], attack)):
+        with pytest.raises(InputError, match="image 1 of a batch has NaN or infinite pixels"):
+            call()
+
+
+def test_the_sets_of_a_recipe_do_not_overlap():
+    splits = data.load(recipe(data={"train_samples": 200}).data)
+    keys = [{image.numpy().tobytes() for image in part.images} for part in (splits.train, splits.validation)]
+    assert len(keys[0] & keys[1]) <= 2  # two scans may be alike, twenty may not
