@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# one thread per test process: several processes share the cores, and tiny tensors gain nothing from a second
+torch.set_num_threads(1)
 
 # The networks of the tests are tiny: a second thread costs more than it brings, and much more where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -46,7 +46,7 @@ def clat(**settings: Any) -> dict[str, Any]:
 def document(**sections: Any) -> dict[str, Any]:
     """The small recipe as plain values, with sections changed key by key, or replaced if they are no mappings."""
     changed = deepcopy(DOCUMENT)
-    for name, value in sections.items():
+    for name, value in deepcopy(sections).items():
         merge = isinstance(value, dict) and name in changed
         changed[name] = {**changed[name], **value} if merge else value
     return changed

@@ -148,6 +148,13 @@ def test_each_sample_spends_its_own_budget(norm):
     torch.testing.assert_close(gain, budget * (a.abs().sum() if norm == "linf" else a.norm()), rtol=1e-3, atol=2e-5)
 
 
+def test_the_step_scales_along_with_the_budget_of_the_sample():
+    attack = PGD(LINF, step_size=0.02, steps=1, random_start=False)
+    budget = torch.tensor([0.0, 0.05, 0.1, 0.2, 0.1, 0.1])
+    length = lengths(attack(BALL_MODEL, X, Y, eps=budget) - X, "linf")
+    torch.testing.assert_close(length, 0.2 * budget.double(), rtol=1e-5, atol=1e-7)
+
+
 def test_equal_budgets_per_sample_are_the_budget_of_the_threat_model():
     attack = PGD(LINF, step_size=0.03, steps=3)
     same = attack(BALL_MODEL, X, Y, eps=torch.full((6,), LINF.eps))

@@ -13,8 +13,12 @@ def lengths(delta, norm):
     return flat.abs().amax(dim=1) if norm == "linf" else flat.norm(dim=1)
 
 
+# zero, or far from where float32 loses its precision
+sizes = st.one_of(st.just(0.0), st.floats(1e-6, 10.0))
+
+
 @settings(max_examples=50, deadline=None)
-@given(st.sampled_from(["linf", "l2"]), st.floats(0, 10), st.floats(0, 10), st.integers(0, 2**31))
+@given(st.sampled_from(["linf", "l2"]), sizes, sizes, st.integers(0, 2**31))
 def test_projection_lands_in_the_ball_and_leaves_points_inside_alone(norm, radius, scale, seed):
     delta = scale * torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(seed))
     projected = BALLS[norm].project(delta, torch.full((5, 1, 1), radius))

@@ -45,8 +45,8 @@ def test_fixed_returns_what_was_named_in_that_order():
 
 
 def test_fixed_refuses_an_unknown_layer_and_names_the_nearest():
-    with pytest.raises(InputError, match="unknown layer 'layr1'; did you mean 'layer1'"):
-        choose(Fixed(("layr1",)), report(1.0, 3.0), 1)
+    with pytest.raises(InputError, match="unknown layer 'layerr1'; did you mean 'layer1'"):
+        choose(Fixed(("layerr1",)), report(1.0, 3.0), 1)
 
 
 def test_fixed_refuses_a_layer_without_a_single_feature():

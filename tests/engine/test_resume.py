@@ -28,7 +28,7 @@ BRANCHED: dict[str, Any] = {
 }
 ADAMW_CLAT: dict[str, Any] = {
     "train": {"epochs": 3, "batch_size": 20, "optimizer": "adamw", "lr": 0.01, "checkpoint_steps": 1},
-    **clat(start_epoch=1, every=1, select="random"),
+    **clat(start_epoch=1, every=1, select="random", norm_stats="follow", norm_affine="follow"),
 }
 
 

@@ -192,6 +192,8 @@ def test_a_log_row_holds_what_the_design_promises(tmp_path):
         after["losses"]["clean_ce"] + after["lam"] * after["losses"]["feature"]
     )
     assert after["lam"] == 0.03
+    assert before["gflops_per_image"] == before["pgd_at_gflops_per_image"] == after["pgd_at_gflops_per_image"]
+    assert after["gflops_per_image"] != before["gflops_per_image"], "a new selection has another cost"
     assert after["selected"] == run.reports()[1]["selected"]
     assert after["seconds"] > 0
     assert after["images_per_second"] == pytest.approx(60 / after["seconds"])

@@ -159,8 +159,8 @@ def test_resnet18_has_the_papers_twenty_convolutions_and_then_the_classifier():
 
 def test_an_unknown_name_is_refused_with_the_nearest_one():
     layers = map_layers(build("backwards"), X)
-    with pytest.raises(InputError, match=r"unknown layer 'frist'; did you mean 'first'.*toughen list layers MODEL"):
-        layers.by_name("frist")
+    with pytest.raises(InputError, match=r"unknown layer 'fiirst'; did you mean 'first'.*toughen list layers MODEL"):
+        layers.by_name("fiirst")
 
 
 def test_a_model_without_layers_is_refused():

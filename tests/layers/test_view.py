@@ -95,8 +95,8 @@ def test_a_layer_that_never_runs_is_an_error(stop_early):
 
 
 def test_an_unknown_layer_is_refused_with_the_nearest_one():
-    with pytest.raises(InputError, match="unknown layer 'secnd'; did you mean 'second'"):
-        ModelView(build("backwards")).features(X, ["secnd"])
+    with pytest.raises(InputError, match="unknown layer 'sekond'; did you mean 'second'"):
+        ModelView(build("backwards")).features(X, ["sekond"])
 
 
 @pytest.mark.parametrize("name", ZOO)

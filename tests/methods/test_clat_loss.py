@@ -263,6 +263,16 @@ def test_a_frozen_batch_norm_is_frozen_for_an_attack_in_the_models_own_mode_too(
     assert not any(seen)
 
 
+def test_a_frozen_batch_norm_stays_frozen_when_the_loop_goes_into_train_mode_between_attack_and_loss():
+    model = build("normed")
+    live = bound(model, ("conv2",))
+    adv = live.perturb(Batch(X, Y), generator=torch.Generator())
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    live.loss(adv)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
 def test_the_cross_entropy_attack_is_left_to_the_selection():
     calls = []
 

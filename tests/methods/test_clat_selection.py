@@ -161,6 +161,17 @@ def test_momentum_at_a_new_selection(policy, kept):
     assert {"third.weight", "third.bias"} <= names_of(model, optimizer.state)
 
 
+def test_the_first_selection_drops_the_momentum_of_the_training_before():
+    model = build("backwards")
+    live = stack(PGDAT(), CLAT(select="fixed", layers=("second",), start_epoch=1)).bind(model, attack=PGD2)
+    optimizer = sgd(model)
+    live.epoch_start(0, PROBE, optimizer=optimizer)
+    step(live, optimizer)
+    assert len(optimizer.state) == len(list(model.parameters()))
+    live.epoch_start(1, PROBE, optimizer=optimizer)
+    assert len(optimizer.state) == 0
+
+
 def test_momentum_of_a_layer_that_comes_back_does_not_come_back():
     def second_step(policy):
         model = build("backwards")

@@ -31,7 +31,7 @@ PGD2 = PGD(ThreatModel(eps=0.1), step_size=0.05, steps=2)
         ({"probe_size": 0}, "probe_size 0"),
         ({"select": "fixed"}, "clat layers and select='fixed' go together"),
         ({"layers": ("a",)}, "clat layers and select='fixed' go together"),
-        ({"select": "botom"}, "unknown selection rule 'botom'; did you mean 'bottom'"),
+        ({"select": "bottm"}, "unknown selection rule 'bottm'; did you mean 'bottom'"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -95,9 +95,9 @@ def test_too_large_a_k_is_refused_before_training_and_at_the_selection():
     CLAT(k=4, classifier="include").bind(build("backwards"), attack=PGD2).check(X[:1])
 
 
-@pytest.mark.parametrize("settings", [{"select": "fixed", "layers": ("secnd",)}, {"select": Fixed(("secnd",))}])
+@pytest.mark.parametrize("settings", [{"select": "fixed", "layers": ("sekond",)}, {"select": Fixed(("sekond",))}])
 def test_an_unknown_fixed_layer_is_refused_before_training(settings):
-    with pytest.raises(InputError, match="unknown layer 'secnd'; did you mean 'second'"):
+    with pytest.raises(InputError, match="unknown layer 'sekond'; did you mean 'second'"):
         CLAT(**settings).bind(build("backwards"), attack=PGD2).check(X[:1])
 
 

@@ -17,6 +17,8 @@ from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_w
 from toughen.rng import from_global_state
 from toughen.types import ThreatModel
 
+ModelMode = Literal["eval", "unchanged"]
+
 
 class Attack(Protocol):
     """Training-grade: always returns a perturbed batch inside the threat model, leaves the model as found."""
@@ -64,7 +66,7 @@ class PGD:
     random_start: bool = True
     keep: Literal["last", "worst"] = "last"
     restarts: int = 1
-    model_mode: Literal["eval", "unchanged"] = "eval"
+    model_mode: ModelMode = "eval"
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.step_size) and self.step_size >= 0):

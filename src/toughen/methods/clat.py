@@ -157,7 +157,9 @@ class LiveCLAT(Live):
         self.settings = settings
         self.attack = attack
         self.inner = inner
-        self.feature_attack: Attack = attack if settings.inner_max == "same" else fgsm_rs(attack.threat)
+        self.feature_attack = attack
+        if settings.inner_max == "fgsm-rs":
+            self.feature_attack = fgsm_rs(attack.threat, model_mode=getattr(attack, "model_mode", "eval"))
         self.trainable_set = TrainableSet(model, norm_stats=settings.norm_stats, norm_affine=settings.norm_affine)
         self.layer_map: LayerMap | None = None
         self.first_epoch: int | None = None
@@ -207,7 +209,10 @@ class LiveCLAT(Live):
                 f"to choose from, so k must be 1 to {len(selectable)}"
             )
         for name in self.settings.named_layers():
-            self._map(example).by_name(name)
+            if self._map(example).by_name(name).num_calls > 1:
+                raise InputError(
+                    f"layer {name!r} runs more than once per forward, so it can't be selected; name another"
+                )
         if self.inner is not None:
             self.inner.check(example)
 
