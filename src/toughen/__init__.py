@@ -13,7 +13,7 @@ from toughen.engine import Trainer
 from toughen.errors import InputError
 from toughen.evaluation import evaluate, parse_attack
 from toughen.layers import map_layers
-from toughen.methods import CLAT, stack
+from toughen.methods import CLAT, CLATPaper, stack
 from toughen.objectives import PGDAT, CleanCE
 from toughen.types import Batch, ThreatModel
 
@@ -22,6 +22,7 @@ __all__ = [
     "PGD",
     "PGDAT",
     "Batch",
+    "CLATPaper",
     "CleanCE",
     "CriticalityOptions",
     "CriticalityReport",

@@ -69,7 +69,7 @@ def _train(options: argparse.Namespace) -> None:
         named = words[:1] if words and "=" not in words[0] else []
         recipe = load_recipe(named[0] if named else "digits", words[len(named) :])
     if options.dry_run:
-        print(yaml.safe_dump(dict(recipe.source), sort_keys=False))
+        print(yaml.safe_dump(recipe.document(), sort_keys=False))
         splits = data.load(recipe.data)
         _print_layers(create_model(recipe.model, splits), splits)
         return
@@ -201,6 +201,11 @@ def _target(options: argparse.Namespace) -> _Target:
     given = Path(options.target)
     if given.is_dir():
         run = RunFolder.open(given)
+        for flag in ("model", "width"):
+            if getattr(options, flag, None) is not None:
+                raise InputError(f"{given} is a run folder, which knows its model; leave --{flag} out")
+        if options.image_size is not None and options.data is None:
+            raise InputError("--image-size is for the images of --data; the run's own images keep their size")
         recipe = resolve(run.config())
         splits = _splits(options, recipe)
         model = create_model(recipe.model, splits)

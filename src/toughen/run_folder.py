@@ -1,5 +1,6 @@
 """Where a run keeps what: the one place that knows the names of its files. Reads and writes text, knows no torch."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,12 @@ class RunFolder:
                 f"output folder {path} can't be written to: {error.strerror}; choose another --out"
             ) from None
         return folder
+
+    @staticmethod
+    def free(stem: str) -> Path:
+        """Return the first of runs/STEM, runs/STEM-2, ... that holds no run."""
+        paths = (Path("runs") / (stem if number == 1 else f"{stem}-{number}") for number in itertools.count(1))
+        return next(path for path in paths if not RunFolder(path).config_file.exists())
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":

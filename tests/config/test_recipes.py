@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_runs import PGD_AT, clat, document
 from toughen.config import load_recipe, read_document, recipe_names, resolve
 from toughen.errors import InputError
-from toughen.methods import CLAT
+from toughen.methods import CLAT, CLATPaper
 from toughen.objectives import PGDAT
 
 NAMES = sorted(recipe_names())
@@ -33,12 +33,12 @@ def test_every_packaged_recipe_resolves_and_says_in_a_line_what_it_is_for(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stored_form_of_a_recipe_resolves_to_the_same_recipe(name):
     recipe = load_recipe(name)
-    stored = yaml.safe_load(yaml.safe_dump(dict(recipe.source), sort_keys=False))
+    stored = yaml.safe_load(yaml.safe_dump(recipe.document(), sort_keys=False))
     assert resolve(stored) == recipe
 
 
 def test_the_stored_form_holds_defaults_so_that_it_keeps_its_meaning():
-    source = load_recipe("digits").source
+    source = load_recipe("digits").document()
     assert source["train"]["gamma"] == 0.1
     assert source["attack"]["restarts"] == 1
     assert source["threat"]["bounds"] == [0.0, 1.0]
@@ -235,7 +235,7 @@ def test_no_value_anywhere_gives_anything_but_a_recipe_or_one_clear_error(change
         recipe = resolve(plan)
     except InputError:
         return
-    assert resolve(recipe.source) == recipe
+    assert resolve(recipe.document()) == recipe
 
 
 def _put(place: Any, keys: list[str], value: Any) -> None:
@@ -250,3 +250,27 @@ def _put(place: Any, keys: list[str], value: Any) -> None:
 
 def _is_in(place: Any, key: str) -> bool:
     return isinstance(place, list) and key.isdecimal() and int(key) < len(place)
+
+
+def test_a_branch_may_train_with_another_attack_but_is_tested_like_its_run():
+    recipe = load_recipe("digits", ["branches.pgd-at.attack.step_size=0.05"])
+    branch = recipe.branches["pgd-at"]
+    assert branch.attack.step_size == 0.05
+    assert branch.test_step_size == recipe.test_step_size == recipe.attack.step_size
+
+
+@pytest.mark.parametrize("change", ["threat.eps=0.3", "evaluate.samples=7", "evaluate.attacks=[clean]"])
+def test_a_branch_that_would_be_tested_otherwise_than_its_run_is_refused(change):
+    with pytest.raises(InputError, match="branch 'clat' sets threat or evaluate"):
+        load_recipe("digits", [f"branches.clat.{change}"])
+
+
+def test_clat_paper_takes_every_option_of_clat_and_needs_a_lambda():
+    methods = "method=[{name: pgd-at}, {name: clat-paper, k: 2, every: 5, start_epoch: 3%s}]"
+    recipe = load_recipe("cifar10_smoke", [methods % ", lam: 0.3"])
+    clat = recipe.method.methods[1]
+    assert isinstance(clat, CLATPaper)
+    assert (clat.lam, clat.every, clat.norm_stats) == (0.3, 5, "update")
+    assert resolve(recipe.document()) == recipe
+    with pytest.raises(InputError, match="lam is missing"):
+        load_recipe("cifar10_smoke", [methods % ""])

@@ -185,3 +185,12 @@ def test_any_number_of_steps_is_a_name():
     attack = parse_attack("pgd-37", threat=THREAT, step_size=0.01).attack
     assert isinstance(attack, PGD)
     assert (attack.steps, attack.step_size) == (37, 0.01)
+
+
+def test_a_sample_whose_logits_are_not_numbers_counts_as_fallen():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return torch.full((len(x), 3), float("nan"))
+
+    x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+    assert evaluate(Broken(), [(x, y)], [EvalAttack("clean", None)])["clean"].accuracy == 0

@@ -1,13 +1,14 @@
 """CLAT's settings: what is refused and in which words, and what they are called."""
 
 import math
+from dataclasses import asdict
 
 import pytest
 
 from toughen.attacks import PGD
-from toughen.criticality.selection import Fixed
+from toughen.criticality.selection import Bottom, Fixed
 from toughen.errors import InputError
-from toughen.methods import CLAT, stack
+from toughen.methods import CLAT, CLATPaper, stack
 from toughen.objectives import METHODS, PGDAT, CleanCE
 from toughen.types import ThreatModel
 from zoo import build, images
@@ -102,5 +103,15 @@ def test_an_unknown_fixed_layer_is_refused_before_training(settings):
 
 
 def test_the_paper_preset_is_eq_6_with_batch_norm_in_train_mode():
-    assert CLAT.paper(lam=0.3, k=2) == CLAT(lam=0.3, k=2, norm_stats="update")
+    assert asdict(CLATPaper(lam=0.3, k=2)) == asdict(CLAT(lam=0.3, k=2, norm_stats="update"))
     assert METHODS["clat"] is CLAT
+
+
+def test_a_rule_given_as_an_object_is_the_same_setting_as_its_name():
+    assert CLAT(select=Fixed(("a", "b"))) == CLAT(select="fixed", layers=("a", "b"))
+    assert CLAT(select=Bottom()) == CLAT(select="bottom")
+
+
+def test_k_must_agree_with_the_named_layers():
+    with pytest.raises(InputError, match="clat k is 3 but 2 layers are named"):
+        CLAT(k=3, select="fixed", layers=("a", "b"))

@@ -1,9 +1,7 @@
 """Recipes: found by name or path, overridden by dotted keys, resolved to settings."""
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -91,38 +89,20 @@ def resolve(document: Mapping[str, Any]) -> Recipe:
     if missing := [key for key in REQUIRED if key not in document]:
         raise InputError(f"the recipe lacks {', '.join(missing)}; required are {', '.join(REQUIRED)}")
     threat = build(ThreatModel, document["threat"], path="threat")
-    recipe = Recipe(
+    attack: PGD = _named(ATTACKS, document["attack"], path="attack", threat=threat)
+    evaluate = build(EvaluateSettings, document.get("evaluate") or {}, path="evaluate")
+    return Recipe(
         description=str(document.get("description", "")),
         model=_model(document["model"]),
         data=build(DataSettings, document["data"], path="data"),
         threat=threat,
-        attack=_named(ATTACKS, document["attack"], path="attack", threat=threat),
+        attack=attack,
         method=_stack(document["method"]),
         train=build(TrainSettings, document["train"], path="train"),
-        evaluate=build(EvaluateSettings, document.get("evaluate") or {}, path="evaluate"),
+        evaluate=evaluate,
         branch_epoch=_epoch(document.get("branch_epoch")),
-        branches=_branches(document),
+        branches=_branches(document, test_step_size=evaluate.step_size or attack.step_size),
     )
-    return replace(recipe, source=_plain_recipe(recipe, document))
-
-
-def _plain_recipe(recipe: Recipe, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Every setting as a plain value, defaults included, so that a run means the same when defaults change."""
-    attack = {key: value for key, value in asdict(recipe.attack).items() if key != "threat"}
-    sections: dict[str, Any] = {
-        "description": recipe.description,
-        "model": asdict(recipe.model),
-        "data": asdict(recipe.data),
-        "threat": asdict(recipe.threat),
-        "attack": {"name": ATTACKS.name_of(type(recipe.attack)), **attack},
-        "method": [{"name": METHODS.name_of(type(m)), **asdict(m)} for m in recipe.method.methods],  # type: ignore[call-overload]
-        "train": asdict(recipe.train),
-        "evaluate": asdict(recipe.evaluate),
-    }
-    if recipe.branches:
-        sections |= {"branch_epoch": recipe.branch_epoch, "branches": document["branches"]}
-    plain: dict[str, Any] = json.loads(json.dumps(sections))  # tuples become lists
-    return plain
 
 
 def _shelf() -> Traversable:
@@ -154,11 +134,13 @@ def _epoch(value: Any) -> int | None:
     raise InputError(f"branch_epoch is {value!r}; it must be a whole number")
 
 
-def _branches(document: Mapping[str, Any]) -> dict[str, Recipe]:
+def _branches(document: Mapping[str, Any], *, test_step_size: float) -> dict[str, Recipe]:
     branches = document.get("branches") or {}
     if not isinstance(branches, Mapping):
         raise InputError(f"branches is {branches!r}; it must map names to overrides")
     base = {key: value for key, value in document.items() if key not in ("branches", "branch_epoch")}
+    # a branch may train with another attack, but is tested like its run
+    base["evaluate"] = {**(base.get("evaluate") or {}), "step_size": test_step_size}
     resolved = {}
     for name, changes in branches.items():
         if not isinstance(name, str) or not name.replace("-", "").replace("_", "").isalnum():

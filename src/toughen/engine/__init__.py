@@ -1,8 +1,9 @@
 """Training runs: the loop, its schedule, its checkpoints. Knows no recipe files and no command line."""
 
 from toughen.engine import checkpoint
+from toughen.engine.device import pick_device
 from toughen.engine.recipe import EvaluateSettings, ModelSettings, Recipe, TrainSettings
-from toughen.engine.trainer import Interrupted, Trainer, create_model, pick_device
+from toughen.engine.trainer import Interrupted, Trainer, create_model
 
 __all__ = [
     "EvaluateSettings",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -62,3 +63,18 @@ def sample_progress(total: int) -> Iterator[Callable[[int], None]]:
     ) as bar:
         task = bar.add_task("evaluating", total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+def epoch_status(log: list[dict[str, Any]]) -> str:
+    """Say the newest validation in a few words."""
+    measured = [row["validation"] for row in log if "validation" in row][-1:]
+    return " ".join(f"clean {100 * m['clean']:.1f} robust {100 * m['robust']:.1f}" for m in measured)
+
+
+def epoch_line(row: dict[str, Any]) -> str:
+    """Say how one epoch went, in one line."""
+    parts = [f"epoch {row['epoch']:>3}", row["method"], f"loss {row['losses']['loss']:.3f}", f"lr {row['lr']:.4f}"]
+    if "validation" in row:
+        measured = row["validation"]
+        parts.append(f"validation clean {measured['clean']:.3f} robust {measured['robust']:.3f} (n={measured['n']})")
+    return "  ".join([*parts, f"{row['seconds']:.1f} s"])

@@ -1,15 +1,17 @@
 """What a run is: the settings that a recipe file resolves to, each checked when it is made."""
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from toughen.attacks import PGD
 from toughen.data import DataSettings
 from toughen.errors import InputError
 from toughen.evaluation import parse_attack
-from toughen.methods import Stack
+from toughen.methods import Stack, Wrapper
+from toughen.objectives import METHODS, Objective
 from toughen.types import ThreatModel
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -106,19 +108,23 @@ class EvaluateSettings:
     Args:
         attacks: Names of ``toughen list attacks``.
         samples: First test images to use; None is all.
+        step_size: Of PGD, in pixel units; None is that of the training attack.
 
     Raises:
-        InputError: No attack or one named twice, or no samples.
+        InputError: No attack or one named twice, no samples, or a negative step size.
     """
 
     attacks: tuple[str, ...] = ("clean", "pgd-20")
     samples: int | None = None
+    step_size: float | None = None
 
     def __post_init__(self) -> None:
         if not self.attacks or len(set(self.attacks)) < len(self.attacks):
             raise InputError(f"evaluate.attacks is {list(self.attacks)}; name at least one attack, and each once")
         if self.samples is not None and self.samples < 1:
             raise InputError(f"evaluate.samples is {self.samples}; it must be at least 1")
+        if self.step_size is not None and not 0 <= self.step_size < math.inf:
+            raise InputError(f"evaluate.step_size is {self.step_size}; it must be a finite number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +133,6 @@ class Recipe:
 
     Attributes:
         description: What the recipe is for; its first line is shown in lists.
-        source: The resolved recipe as plain values, as it is stored in ``config.yaml``.
         branch_epoch: With branches: the epoch at which this run stops and they begin.
         branches: Runs that continue this one from there, by name.
     """
@@ -142,7 +147,6 @@ class Recipe:
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     branch_epoch: int | None = None
     branches: Mapping[str, "Recipe"] = field(default_factory=dict)
-    source: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if bool(self.branches) != (self.branch_epoch is not None):
@@ -155,7 +159,7 @@ class Recipe:
         for name, branch in self.branches.items():
             self._check_branch(name, branch)
         for name in self.evaluate.attacks:
-            parse_attack(name, threat=self.threat, step_size=self.attack.step_size)
+            parse_attack(name, threat=self.threat, step_size=self.test_step_size)
 
     def _check_branch(self, name: str, branch: "Recipe") -> None:
         if branch.train.epochs <= (self.branch_epoch or 0):
@@ -168,8 +172,53 @@ class Recipe:
                 f"branch {name!r} sets train.optimizer to {branch.train.optimizer!r}; "
                 f"it continues with the momentum of its run, so it must stay {self.train.optimizer!r}"
             )
+        if (branch.threat, branch.evaluate.attacks, branch.evaluate.samples, branch.test_step_size) != (
+            self.threat,
+            self.evaluate.attacks,
+            self.evaluate.samples,
+            self.test_step_size,
+        ):
+            raise InputError(
+                f"branch {name!r} sets threat or evaluate; both must stay as in its run, with which it is compared"
+            )
 
     @property
     def stop_epoch(self) -> int:
         """The epoch at which this run itself ends."""
         return self.branch_epoch or self.train.epochs
+
+    @property
+    def test_step_size(self) -> float:
+        """The step size of PGD on test images."""
+        return self.attack.step_size if self.evaluate.step_size is None else self.evaluate.step_size
+
+    def document(self) -> dict[str, Any]:
+        """Return every setting as a plain value, defaults included, as ``config.yaml`` stores it.
+
+        A run so means the same when defaults change. ``toughen.config.resolve`` makes the recipe again.
+        """
+        sections: dict[str, Any] = {
+            "description": self.description,
+            "model": asdict(self.model),
+            "data": asdict(self.data),
+            "threat": asdict(self.threat),
+            "attack": {"name": "pgd", **{key: v for key, v in asdict(self.attack).items() if key != "threat"}},
+            "method": [_named(method) for method in self.method.methods],
+            "train": asdict(self.train),
+            "evaluate": asdict(self.evaluate),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(sections, default=repr))  # tuples become lists
+        if self.branches:
+            branches = {name: branch.document() for name, branch in self.branches.items()}
+            plain["branch_epoch"] = self.branch_epoch
+            plain["branches"] = {name: _changes(plain, branch) for name, branch in branches.items()}
+        return plain
+
+
+def _named(method: Objective | Wrapper) -> dict[str, Any]:
+    return {"name": METHODS.name_of(type(method)), **asdict(method)}  # type: ignore[call-overload]
+
+
+def _changes(run: Mapping[str, Any], branch: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections in which a branch differs from its run."""
+    return {key: value for key, value in branch.items() if value != run[key]}

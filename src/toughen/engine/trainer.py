@@ -1,6 +1,5 @@
 """The training loop: one run from its first epoch, or from a checkpoint, to its evaluation and its branches."""
 
-import itertools
 import math
 import signal
 import time
@@ -10,7 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
@@ -21,10 +20,12 @@ from toughen import models
 from toughen.criticality.selection import Selection
 from toughen.data import DataSplits, DeviceLoader, ImageSet
 from toughen.engine import checkpoint
+from toughen.engine.device import pick_device, pick_precision
 from toughen.engine.flops import flops_per_image
-from toughen.engine.progress import EpochProgress, epoch_progress, sample_progress
+from toughen.engine.optim import make_optimizer
+from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, epoch_status, sample_progress
 from toughen.engine.provenance import provenance
-from toughen.engine.recipe import Device, ModelSettings, Recipe, TrainSettings
+from toughen.engine.recipe import ModelSettings, Recipe
 from toughen.errors import InputError
 from toughen.evaluation import EvalAttack, evaluate, parse_attack
 from toughen.objectives import PGDAT
@@ -83,7 +84,7 @@ class Trainer:
         self.fabric = Fabric(
             accelerator=pick_device(self.settings.device),
             devices=1,
-            precision=_precision(self.settings),
+            precision=pick_precision(self.settings),
         )
         self.device = self.fabric.device
         self.model = (create_model(recipe.model, self.data, seed=recipe.train.seed) if model is None else model).to(
@@ -100,15 +101,16 @@ class Trainer:
         )
         self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
         self._check_methods()
-        self.optimizer = _optimizer(self.model, self.settings)
+        self.optimizer = make_optimizer(self.model, self.settings)
         self.show_progress = show_progress
         self.progress = _Progress()
         self._stop_asked = False
         if resume:
             self.folder = RunFolder.open(Path(out or ""))
         else:
-            facts = provenance(seed=self.settings.seed, device=self.device, precision=_precision(self.settings))
-            self.folder = RunFolder.create(Path(out) if out else _free_folder(recipe), recipe.source, facts)
+            folder = Path(out) if out else RunFolder.free(f"{recipe.model.name}-{recipe.data.name}")
+            facts = provenance(seed=self.settings.seed, device=self.device, precision=pick_precision(self.settings))
+            self.folder = RunFolder.create(folder, recipe.document(), facts)
         if checkpoint.exists(self.folder.checkpoints / "last"):
             self._resume()
         elif start is not None:
@@ -243,7 +245,7 @@ class Trainer:
             self._save("best")
         self.folder.write_log(now.log)
         self._save("last")
-        progress.say(_line(row), status=_status(now.log))
+        progress.say(epoch_line(row), status=epoch_status(now.log))
         if self._stop_asked:
             raise Interrupted
 
@@ -276,7 +278,7 @@ class Trainer:
     def _evaluate(self) -> None:
         """Measure the last and the best checkpoint on test images; what is on disk already is kept."""
         wanted, recipe = self.recipe.evaluate, self.recipe
-        attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.attack.step_size) for n in wanted.attacks]
+        attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.test_step_size) for n in wanted.attacks]
         images = self.data.test
         if wanted.samples is not None and wanted.samples < len(images):
             images = images.subset(slice(wanted.samples))
@@ -365,54 +367,3 @@ def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0) ->
         std=data.std,
         seed=seed,
     )
-
-
-def _optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """One optimizer over all parameters, whatever is frozen later: a frozen one has no gradient and is skipped."""
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-
-
-def pick_device(wanted: Device) -> str:
-    """Return ``"cuda"`` or ``"cpu"``.
-
-    Raises:
-        InputError: CUDA is wanted and there is none.
-    """
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InputError("the device is to be 'cuda' but torch finds no CUDA device; use auto or cpu")
-    return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _precision(settings: TrainSettings) -> Literal["32-true", "bf16-mixed"]:
-    if settings.precision != "auto":
-        return settings.precision
-    return "bf16-mixed" if pick_device(settings.device) == "cuda" else "32-true"
-
-
-def _free_folder(recipe: Recipe) -> Path:
-    """The first of runs/MODEL-DATA, runs/MODEL-DATA-2, ... that holds no run."""
-    stem = f"{recipe.model.name}-{recipe.data.name}"
-    for number in itertools.count(1):
-        path = Path("runs") / (stem if number == 1 else f"{stem}-{number}")
-        if not (path / "config.yaml").exists():
-            return path
-    raise AssertionError
-
-
-def _status(log: list[dict[str, Any]]) -> str:
-    """The newest validation in a few words."""
-    measured = [row["validation"] for row in log if "validation" in row][-1:]
-    return " ".join(f"clean {100 * m['clean']:.1f} robust {100 * m['robust']:.1f}" for m in measured)
-
-
-def _line(row: dict[str, Any]) -> str:
-    """One epoch in one line."""
-    parts = [f"epoch {row['epoch']:>3}", row["method"], f"loss {row['losses']['loss']:.3f}", f"lr {row['lr']:.4f}"]
-    if "validation" in row:
-        measured = row["validation"]
-        parts.append(f"validation clean {measured['clean']:.3f} robust {measured['robust']:.3f} (n={measured['n']})")
-    return "  ".join([*parts, f"{row['seconds']:.1f} s"])

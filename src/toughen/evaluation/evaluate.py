@@ -106,7 +106,9 @@ def evaluate(
 
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
-        right: Tensor = model(x).argmax(dim=1) == y
+        logits = model(x)
+    # argmax would pick a class among NaNs too
+    right: Tensor = (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
     return right
 
 

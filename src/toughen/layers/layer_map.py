@@ -138,9 +138,14 @@ def map_layers(
         The map; indices count what remains after ``exclude``.
 
     Raises:
-        InputError: Nothing that owns weights ran.
+        InputError: Nothing that owns weights ran, or a pattern matches no layer.
     """
     candidates = _candidates(model, granularity)
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name in candidates.values()):
+            raise unknown(
+                "layer pattern", pattern, candidates.values(), hint="a pattern matches whole names, * anything"
+            )
     names = {m: n for m, n in candidates.items() if not any(fnmatchcase(n, pattern) for pattern in exclude)}
     trace = _Trace(model, names)
     trace.run(example)

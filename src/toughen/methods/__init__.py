@@ -1,7 +1,7 @@
 """Methods that wrap an objective, and the stack that composes them in the order of the paper's row labels."""
 
-from toughen.methods.clat import CLAT, LiveCLAT
+from toughen.methods.clat import CLAT, CLATPaper, LiveCLAT
 from toughen.methods.stack import Stack, stack
 from toughen.methods.wrapper import Wrapper
 
-__all__ = ["CLAT", "LiveCLAT", "Stack", "Wrapper", "stack"]
+__all__ = ["CLAT", "CLATPaper", "LiveCLAT", "Stack", "Wrapper", "stack"]

@@ -97,14 +97,14 @@ class CLAT:
                 f"clat start_epoch is {self.start_epoch}, every {self.every}, probe_size {self.probe_size}; "
                 "they must be >= 0, >= 1 (or null for a single selection), and >= 1"
             )
+        self._name_rule()
         if (self.select == "fixed") != bool(self.layers):
             raise InputError("clat layers and select='fixed' go together: name the layers, or choose another rule")
+        if self.layers and self.k not in (None, len(self.layers)):
+            raise InputError(
+                f"clat k is {self.k} but {len(self.layers)} layers are named; leave k out or make them agree"
+            )
         self.rule()
-
-    @classmethod
-    def paper(cls, *, lam: float, k: int | None = None, **changes: Any) -> "CLAT":
-        """Return the literal reading of the paper: Eq. 6 with a given lambda, all batch norm in train mode."""
-        return cls(k=k, lam=lam, norm_stats="update", **changes)
 
     @property
     def label(self) -> str:
@@ -124,10 +124,13 @@ class CLAT:
             return self.select
         return Fixed(self.layers) if self.select == "fixed" else SELECTORS[self.select]()
 
-    def named_layers(self) -> tuple[str, ...]:
-        """Return the layers that the user named, or none where a rule chooses."""
-        rule = self.rule()
-        return tuple(rule.layers) if isinstance(rule, Fixed) else ()
+    def _name_rule(self) -> None:
+        """Write a rule of ours that was given as an object by its name, as a recipe would."""
+        if isinstance(self.select, Fixed):
+            object.__setattr__(self, "layers", tuple(self.select.layers))
+            object.__setattr__(self, "select", "fixed")
+        elif type(self.select) in SELECTORS.values():
+            object.__setattr__(self, "select", SELECTORS.name_of(type(self.select)))
 
     def bind(self, model: nn.Module, *, attack: Attack, inner: Live | None = None, seed: int = 0) -> "LiveCLAT":
         """Bind CLAT to a model, for use in any training loop.
@@ -146,7 +149,18 @@ class CLAT:
         return LiveCLAT(model, settings=self, attack=attack, inner=inner, seed=seed)
 
 
-METHODS.register("clat-paper")(CLAT.paper)
+@METHODS.register("clat-paper")
+@dataclass(frozen=True, kw_only=True)
+class CLATPaper(CLAT):
+    """The literal reading of the paper: Eq. 6 with a lambda that you give, all batch norm in train mode.
+
+    Args:
+        lam: Weight of L_C; required, since the paper gives none.
+        norm_stats: As in ``CLAT``; a plain ``model.train()`` here.
+    """
+
+    lam: float | Literal["auto"] = field()
+    norm_stats: NormStats = "update"
 
 
 class LiveCLAT(Live):
@@ -208,7 +222,7 @@ class LiveCLAT(Live):
                 f"clat k is {self.settings.k}; {type(self.model).__name__} has {len(selectable)} layers "
                 f"to choose from, so k must be 1 to {len(selectable)}"
             )
-        for name in self.settings.named_layers():
+        for name in self.settings.layers:
             if self._map(example).by_name(name).num_calls > 1:
                 raise InputError(
                     f"layer {name!r} runs more than once per forward, so it can't be selected; name another"
@@ -232,7 +246,7 @@ class LiveCLAT(Live):
     def _num_layers(self, layers: LayerMap) -> int:
         if self.settings.k is not None:
             return self.settings.k
-        return len(self.settings.named_layers()) or max(1, round(0.05 * len(layers.selectable)))
+        return len(self.settings.layers) or max(1, round(0.05 * len(layers.selectable)))
 
     def _train_only(self, names: tuple[str, ...], optimizer: torch.optim.Optimizer | None) -> None:
         assert self.layer_map is not None

@@ -1,0 +1,26 @@
+"""Where a run computes, and in which precision."""
+
+from typing import Literal
+
+import torch
+
+from toughen.engine.recipe import Device, TrainSettings
+from toughen.errors import InputError
+
+
+def pick_device(wanted: Device) -> str:
+    """Return ``"cuda"`` or ``"cpu"``.
+
+    Raises:
+        InputError: CUDA is wanted and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InputError("the device is to be 'cuda' but torch finds no CUDA device; use auto or cpu")
+    return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(settings: TrainSettings) -> Literal["32-true", "bf16-mixed"]:
+    """Return Fabric's name of the precision."""
+    if settings.precision != "auto":
+        return settings.precision
+    return "bf16-mixed" if pick_device(settings.device) == "cuda" else "32-true"
