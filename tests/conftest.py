@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 # one thread per test process: several processes share the cores, and tiny tensors gain nothing from a second
 torch.set_num_threads(1)
+
+# no test is timed, since machines are busy or slow; continuous integration draws the same examples every time
+settings.register_profile(
+    "toughen", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("toughen")
 
 # The networks of the tests are tiny: a second thread costs more than it brings, and much more where cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

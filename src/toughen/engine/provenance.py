@@ -1,13 +1,16 @@
 """What must be known to repeat a run: command, commit, versions, hardware."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 
@@ -32,8 +35,16 @@ def provenance(*, seed: int, device: torch.device, precision: str) -> dict[str, 
 
 
 def _commit() -> str | None:
-    """The commit of this package's source, where it is a checkout; with a mark if it was changed."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The commit of this package, from what its installer wrote down (PEP 610); None for a release from an index.
+
+    For an installation from a local checkout it is the checkout's commit as it is now, with a mark if files changed.
+    """
+    origin = json.loads(distribution("toughen").read_text("direct_url.json") or "{}")
+    if "vcs_info" in origin:
+        return str(origin["vcs_info"]["commit_id"])
+    if "dir_info" not in origin:
+        return None
+    git = ["git", "-C", url2pathname(urlsplit(origin["url"]).path)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)  # noqa: S603
