@@ -389,8 +389,8 @@ def test_a_pickle_of_weights_is_refused(refused, tmp_path):
     ("words", "expected"),
     [
         (["resnet81"], ["unknown model 'resnet81'", "did you mean 'resnet18'"]),
-        (["gone/run"], ["no run folder or weights file gone/run"]),
-        (["gone.safetensors"], ["no run folder or weights file gone.safetensors"]),
+        (["gone/run"], ["gone/run is neither a run folder, nor a weights file, nor a model"]),
+        (["gone.safetensors"], ["gone.safetensors is neither a run folder, nor a weights file, nor a model"]),
         (["small_cnn", "--eps", "-1"], ["eps is -1"]),
         (["small_cnn", "--eps", "8/0"], ["'8/0' is not a number"]),
         (["small_cnn", "--eps", "much"], ["'much' is not a number"]),

@@ -23,7 +23,7 @@ from toughen.data import DATASETS, DataSplits
 from toughen.engine import Interrupted, ModelSettings, Recipe, Trainer, checkpoint, create_model, pick_device
 from toughen.engine.progress import sample_progress
 from toughen.errors import InputError
-from toughen.evaluation import attack_names, evaluate, parse_attack
+from toughen.evaluation import attack_names, evaluate, parse_attack, store
 from toughen.layers import map_layers
 from toughen.models import MODELS
 from toughen.objectives import METHODS
@@ -42,10 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 2 the user's mistake, told in one line; 130 stopped by Ctrl-C, with the checkpoint written.
     """
     try:
-        options = _parser().parse_args(arguments)
+        options, rest = _parser().parse_known_args(arguments)
+        if rest and (options.run is not _train or any(word.startswith("-") for word in rest)):
+            raise InputError(f"unrecognized arguments: {' '.join(rest)} (see `toughen --help`)")
+        if rest:  # recipe and overrides may stand on both sides of an option
+            options.words += rest
         options.run(options)
     except InputError as error:
         print(f"toughen: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a vanished mount
+        print(f"toughen: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
         print(f"toughen: stopped. {stopped}".rstrip(), file=sys.stderr)
@@ -109,10 +116,10 @@ def _analyze(options: argparse.Namespace) -> None:
     )
     _check_samples(options.samples, len(target.splits.train), "training")
     images = data.probe(
-        target.splits.train, count=options.samples, seed=options.seed, position=0, device="cpu", batch_size=50
+        target.splits.train, count=options.samples, seed=target.seed, position=0, device="cpu", batch_size=50
     )
     attack = PGD(target.threat, step_size=target.step_size, steps=options.steps)
-    report = analyze(target.model, images, attack, options=criticality, seed=options.seed)
+    report = analyze(target.model, images, attack, options=criticality, seed=target.seed)
     target.say_note()
     out.print(report.table(title=f"criticality of {options.target}, {target.splits.name}"))
     for note in report.notes:
@@ -131,22 +138,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     names = options.attacks.split(",")
     attacks = [parse_attack(name, threat=target.threat, step_size=target.step_size) for name in names]
     images = target.splits.test
-    if options.samples is not None:
-        _check_samples(options.samples, len(images), "test")
-        images = images.subset(slice(options.samples))
+    samples = options.samples
+    if samples is None and target.run is not None and options.data is None:
+        samples = target.run.config()["evaluate"]["samples"]
+    if samples is not None:
+        _check_samples(samples, len(images), "test")
+        images = images.subset(slice(samples))
+    batch_size = target.batch_size if options.batch_size is None else options.batch_size
     with sample_progress(len(images)) as progress:
-        batches = data.in_order(images, batch_size=options.batch_size, device="cpu")
-        results = evaluate(target.model, batches, attacks, seed=options.seed, progress=progress)
-    changed = (options.data, options.samples, options.eps, options.norm, options.step_size)
-    as_trained = all(option is None for option in changed)  # anything else must not replace the run's own results
+        batches = data.in_order(images, batch_size=batch_size, device="cpu")
+        results = evaluate(target.model, batches, attacks, seed=target.seed, progress=progress)
+    changed = ("data", "samples", "eps", "norm", "step_size", "seed", "batch_size")
+    if target.run is not None and all(getattr(options, name) is None for name in changed):
+        # measured otherwise, it must not replace the run's own results
+        store(target.run, results, checkpoint=options.checkpoint or "last", epoch=target.epoch, images=images)
     target.say_note()
     threat = f"{target.threat.norm} eps {target.threat.eps:.4g}, step size {target.step_size:.4g}"
     table = Table("attack", "accuracy", title=f"{options.target}, {len(images)} test images of {target.splits.name}")
     for result in results.values():
         table.add_row(result.attack, f"{100 * result.accuracy:.2f} %")
-        if target.run is not None and as_trained:
-            facts = {"checkpoint": options.checkpoint, "data": target.splits.name}
-            target.run.write_evaluation(options.checkpoint, result.attack, {**result.to_dict(), **facts})
     table.caption = threat
     out.print(table)
     if options.json:
@@ -187,7 +197,10 @@ class _Target(NamedTuple):
     splits: DataSplits
     threat: ThreatModel
     step_size: float
-    run: RunFolder | None
+    seed: int
+    batch_size: int = 250
+    run: RunFolder | None = None
+    epoch: int = 0
     note: str = ""
 
     def say_note(self) -> None:
@@ -199,7 +212,7 @@ class _Target(NamedTuple):
 def _target(options: argparse.Namespace) -> _Target:
     """Resolve TARGET: a run folder, a weights file with --model, or a model by name (with random weights)."""
     given = Path(options.target)
-    if given.is_dir():
+    if given.is_dir() and options.target not in MODELS:
         run = RunFolder.open(given)
         for flag in ("model", "width"):
             if getattr(options, flag, None) is not None:
@@ -209,9 +222,14 @@ def _target(options: argparse.Namespace) -> _Target:
         recipe = resolve(run.config())
         splits = _splits(options, recipe)
         model = create_model(recipe.model, splits)
-        checkpoint.load(run.checkpoints / options.checkpoint, model)
+        state = checkpoint.load(run.checkpoints / (options.checkpoint or "last"), model)
         threat, step_size = _threat(options, recipe)
-        return _Target(model.to(pick_device(options.device)), splits, threat, step_size, run)
+        seed = recipe.train.seed if options.seed is None else options.seed
+        batch_size = recipe.test_batch_size
+        model.to(pick_device(options.device))
+        return _Target(model, splits, threat, step_size, seed, batch_size, run, state["epoch"])
+    if options.checkpoint is not None:
+        raise InputError(f"--checkpoint chooses between the checkpoints of a run folder, and {given} is none")
     splits = _splits(options, None)
     threat, step_size = _threat(options, None)
     note = ""
@@ -222,12 +240,15 @@ def _target(options: argparse.Namespace) -> _Target:
             )
         model = create_model(ModelSettings(name=options.model, width=options.width), splits)
         checkpoint.load_weights(given, model)
-    elif given.suffix or len(given.parts) > 1:
-        raise InputError(f"no run folder or weights file {given}")
     else:
+        if options.model is not None:
+            raise InputError(f"--model is for a weights file, and there is no file {given}")
+        if options.target not in MODELS and (given.suffix or len(given.parts) > 1):
+            raise InputError(f"{given} is neither a run folder, nor a weights file, nor a model: {', '.join(MODELS)}")
         model = create_model(ModelSettings(name=options.target, width=options.width), splits)
         note = f"{options.target} has random weights; give a run folder or a weights file for a trained one"
-    return _Target(model.to(pick_device(options.device)), splits, threat, step_size, None, note)
+    model.to(pick_device(options.device))
+    return _Target(model, splits, threat, step_size, options.seed or 0, note=note)
 
 
 def _splits(options: argparse.Namespace, recipe: Recipe | None) -> DataSplits:
@@ -242,7 +263,7 @@ def _threat(options: argparse.Namespace, recipe: Recipe | None) -> tuple[ThreatM
     norm = options.norm or (recipe.threat.norm if recipe else "linf")
     if options.step_size is not None:
         return ThreatModel(norm=norm, eps=eps), options.step_size
-    return ThreatModel(norm=norm, eps=eps), recipe.attack.step_size if recipe and options.eps is None else eps / 4
+    return ThreatModel(norm=norm, eps=eps), recipe.test_step_size if recipe and options.eps is None else eps / 4
 
 
 def _check_samples(samples: int, available: int, what: str) -> None:
@@ -351,7 +372,7 @@ def _parser() -> _Parser:
     _add_target(evaluate_)
     evaluate_.add_argument("--attacks", default="clean,pgd-20", metavar="NAME,NAME", help="default: %(default)s")
     evaluate_.add_argument("--samples", type=int, metavar="N", help="first N test images (default: all)")
-    evaluate_.add_argument("--batch-size", type=int, default=250)
+    evaluate_.add_argument("--batch-size", type=int, help="(default: the run's, or 250)")
     evaluate_.add_argument("--json", metavar="FILE", help="write the outcome of every sample")
 
     compare = verb("compare", _compare, "Put runs side by side.", "toughen compare runs/small_cnn-digits")
@@ -372,9 +393,7 @@ def _add_target(parser: _Parser) -> None:
 def _add_target_options(parser: _Parser) -> None:
     parser.add_argument("--model", metavar="NAME", help="the model of a weights file")
     parser.add_argument("--width", type=int, help="channels of the model's first stage")
-    parser.add_argument(
-        "--checkpoint", choices=("last", "best"), default="last", help="of a run (default: %(default)s)"
-    )
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run (default: last)")
     parser.add_argument(
         "--data", metavar="SPEC", help="digits, cifar10, folder:PATH, parquet:PATH (default: the run's, or digits)"
     )
@@ -383,4 +402,4 @@ def _add_target_options(parser: _Parser) -> None:
     parser.add_argument("--eps", type=_number, help="its radius in [0, 1] pixel units (default: the run's, or 8/255)")
     parser.add_argument("--step-size", type=_number, help="of PGD (default: the run's, or eps/4)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of random starts (default: the run's, or 0)")

@@ -33,6 +33,8 @@ class RunFolder:
             InputError: The folder can't be written to, or holds a run already.
         """
         folder = cls(Path(path))
+        if folder.config_file.exists() and not (folder.path / "provenance.json").exists():
+            raise InputError(f"output folder {path} holds a config.yaml that is no run's; choose another --out")
         if folder.config_file.exists():
             state = "a finished run" if folder.finished else "an unfinished run"
             fix = (

@@ -132,7 +132,7 @@ def test_an_override_makes_a_section_that_is_not_there():
         ("branches.clat.model.width=3", r"branch 'clat' sets model.*must stay the run's"),
         ("method=pgd-at", r"method is 'pgd-at'; it must be a list"),
         ("method=[]", r"the method list is empty"),
-        ("method=[{name: clat, base: inner}]", r"CLAT stands alone but .*put an objective before it"),
+        ("method=[{name: clat, base: inner}]", r"CLAT \(inner loss\) stands alone but .*put an objective before it"),
         ("method=[{name: pgd-at}, {name: pgd-at}]", r"PGD-AT is an objective and must come first"),
         ("attack=pgd", r"attack is 'pgd'; it must be a mapping with a name: pgd"),
         ("model=small_cnn", r"model is 'small_cnn'; it must be a mapping"),

@@ -277,7 +277,7 @@ def test_a_layer_that_only_some_forwards_run_is_reported():
 
         def forward(self, x):
             x = self.conv(x)
-            return self.fc((self.extra(x) if len(x) == 1 else x).mean(dim=(2, 3)))
+            return self.fc((self.extra(x) if len(x) == 2 else x).mean(dim=(2, 3)))
 
     report = analyze(Fickle(), [(X, Y)], PGD2)
     assert [row.weakness is None for row in report.rows] == [False, True, False]
@@ -330,3 +330,17 @@ def test_no_batches_are_refused():
 
 def test_an_attack_without_steps_is_described_without_them():
     assert analyze(build("nested"), [(X, Y)], Shift(0.05)).settings["attack"] == "Shift linf eps 1"
+
+
+def test_a_layer_that_does_not_depend_on_the_batch_is_reported():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bias, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(2, 3), nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.fc(self.conv(x).mean(dim=(2, 3)) + self.bias(torch.ones(1, 2)))
+
+    report = analyze(Biased(), [(X, Y)], PGD2)
+    assert [row.name for row in report.rows] == ["conv", "fc"]
+    assert any(note.startswith("bias: ") for note in report.notes)

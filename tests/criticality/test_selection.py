@@ -21,7 +21,7 @@ def test_top_and_bottom_choose_by_the_index():
 
 
 def test_random_is_reproducible_and_reaches_every_layer_but_the_classifier():
-    found = report(1.0, 3.0, 2.0, None)
+    found = report(1.0, 3.0, 2.0)
     assert choose("random", found, 2, seed=4) == choose("random", found, 2, seed=4)
     drawn = [choose("random", found, 2, seed=seed) for seed in range(60)]
     assert all(len(set(names)) == 2 for names in drawn)
@@ -59,10 +59,17 @@ def test_fixed_refuses_another_number_of_layers():
         choose(Fixed(("layer1",)), report(1.0, 3.0), 2)
 
 
-@pytest.mark.parametrize("rule", ["top", "bottom", "random", "shape_only"])
-def test_every_rule_refuses_an_impossible_k(rule):
-    with pytest.raises(InputError, match="k is 3; this model has 2 layers to choose from, so k must be 1 to 2"):
-        choose(rule, report(1.0, None, 2.0), 3)
+@pytest.mark.parametrize(("rule", "layers"), [("top", 2), ("bottom", 2), ("random", 3), ("shape_only", 3)])
+def test_every_rule_refuses_an_impossible_k(rule, layers):
+    k = layers + 1
+    words = f"k is {k}; this model has {layers} layers to choose from, so k must be 1 to {layers}"
+    with pytest.raises(InputError, match=words):
+        choose(rule, report(1.0, None, 2.0), k)
+
+
+@pytest.mark.parametrize("rule", ["random", "shape_only"])
+def test_controls_choose_where_no_layer_has_an_index(rule):
+    assert len(choose(rule, report(None, None, None), 2)) == 2
 
 
 def test_an_unknown_rule_is_refused_with_the_nearest():

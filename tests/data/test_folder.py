@@ -156,3 +156,11 @@ def test_classes_that_differ_between_train_and_test_are_named(tmp_path: Path) ->
     fill(tmp_path / "test", 2, classes=("cat", "dog", "eel"))
     with pytest.raises(InputError, match=r"classes differ: .*test has the class 'eel', .*train has not"):
         read(tmp_path)
+
+
+def test_a_format_that_would_start_an_interpreter_is_not_opened(tmp_path: Path) -> None:
+    fill(tmp_path, 2)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "dog" / "01.png").write_bytes(postscript)
+    with pytest.raises(InputError, match=r"cannot decode the image .*dog/01\.png: cannot identify"):
+        read(tmp_path)

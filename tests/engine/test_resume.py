@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from small_runs import clat, fingerprints, outcome, recipe, resume, train
 from toughen import data
+from toughen.cli import main
 from toughen.config import load_recipe, resolve
 from toughen.engine import Interrupted, Recipe, Trainer, checkpoint, create_model
 from toughen.errors import InputError
@@ -302,3 +304,51 @@ def test_ctrl_c_exits_130_names_the_resume_command_and_leaves_a_checkpoint_that_
     model = create_model(wanted.model, data.load(wanted.data))
     state = checkpoint.load(folder / "checkpoints" / "last", model)
     assert state["epoch"] * 12 + state["step"] > 0
+
+
+def test_a_look_at_an_unfinished_run_does_not_become_its_result(tmp_path):
+    wanted = recipe(train={"epochs": 3})
+    reference = Trainer(wanted, out=tmp_path / "reference").fit()
+
+    def stop(number: int) -> None:
+        if len(RunFolder(tmp_path / "run").log()) == 1:
+            raise PowerCutError
+
+    with pytest.raises(PowerCutError):
+        Trainer(wanted, out=tmp_path / "run", model=counted(wanted, stop)).fit()
+    assert main(["evaluate", str(tmp_path / "run"), "--attacks", "clean,pgd-2"]) == 0
+    assert RunFolder(tmp_path / "run").evaluations("last")["clean"]["epoch"] == 1
+
+    run = resume(tmp_path / "run")
+    assert run.evaluations("last") == reference.evaluations("last")
+
+
+def test_what_dropout_draws_depends_on_the_step_alone(tmp_path):
+    wanted = recipe(train={"epochs": 2, "checkpoint_steps": 1})
+
+    def network() -> nn.Module:
+        own = create_model(wanted.model, data.load(wanted.data), seed=0)
+        return nn.Sequential(own, nn.Dropout(0.5))
+
+    torch.manual_seed(1)
+    whole = Trainer(wanted, out=tmp_path / "whole", model=network()).fit()
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    stopped = Trainer(wanted, out=tmp_path / "stopped", model=network())
+    stopped._stop_asked = True  # as a signal would, before the first step
+    with pytest.raises(Interrupted):
+        stopped.fit()
+    again = Trainer(wanted, out=tmp_path / "stopped", model=network(), resume=True).fit()
+
+    assert fingerprints(whole) == fingerprints(again)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_branch_of_a_clat_run_goes_on_with_its_selections(tmp_path):
+    plan = {"train": {"epochs": 6}, **clat(every=2, select="random")}
+    alone = train(tmp_path / "alone", **plan)
+    run = train(tmp_path / "run", **plan, branch_epoch=3, branches={"on": {}})
+
+    selected = [row["selected"] for member in (run, run.branch("on")) for row in member.log()]
+    assert selected == [row["selected"] for row in alone.log()]
+    assert list(run.reports()) + list(run.branch("on").reports()) == [0, 2, 4]

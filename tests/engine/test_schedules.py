@@ -10,12 +10,13 @@ EPOCHS = 4  # of 3 steps each
 
 
 def logged(folder, **sections):
-    """The learning rate after each epoch, as the log tells it."""
+    """The learning rate of the last step of each epoch, as the log tells it."""
     return [row["lr"] for row in train(folder, **sections).log()]
 
 
 def shares():
-    return [epoch / EPOCHS for epoch in range(1, EPOCHS + 1)]
+    """How much of the run is done at the last step of each epoch."""
+    return [(3 * epoch - 1) / (3 * EPOCHS) for epoch in range(1, EPOCHS + 1)]
 
 
 def test_cosine_falls_from_lr_to_zero_along_half_a_wave(tmp_path):
@@ -26,12 +27,12 @@ def test_cosine_falls_from_lr_to_zero_along_half_a_wave(tmp_path):
 
 def test_piecewise_multiplies_by_gamma_at_each_milestone(tmp_path):
     settings = {"epochs": EPOCHS, "lr": 0.2, "schedule": "piecewise", "milestones": [0.5, 0.75], "gamma": 0.1}
-    assert logged(tmp_path / "run", train=settings) == pytest.approx([0.2, 0.02, 0.002, 0.002])
+    assert logged(tmp_path / "run", train=settings) == pytest.approx([0.2, 0.2, 0.02, 0.002])
 
 
 def test_cyclic_climbs_to_lr_at_the_peak_and_comes_back_to_zero(tmp_path):
     settings = {"epochs": EPOCHS, "lr": 0.2, "schedule": "cyclic", "peak": 0.5}
-    assert logged(tmp_path / "run", train=settings) == pytest.approx([0.1, 0.2, 0.1, 0.0], abs=1e-12)
+    assert logged(tmp_path / "run", train=settings) == pytest.approx([0.2 / 3, 0.5 / 3, 0.4 / 3, 0.1 / 3])
 
 
 def test_constant_stays(tmp_path):
@@ -60,7 +61,8 @@ def test_clat_continues_the_schedule_unless_it_is_told_to_restart(tmp_path):
 
     assert continued == pytest.approx(plain, abs=1e-12)
     # from epoch 2 on, the whole wave is laid over the two epochs that remain
-    assert restarted == pytest.approx([*plain[:2], 0.1, 0.0], abs=1e-12)
+    wave = [0.2 * (1 + math.cos(math.pi * share)) / 2 for share in (2 / 6, 5 / 6)]
+    assert restarted == pytest.approx([*plain[:2], *wave], abs=1e-12)
 
 
 def test_a_branch_goes_on_with_the_schedule_as_if_nothing_had_happened(tmp_path):

@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_earlier_checkpoin
 
     model.register_forward_hook(spoil)
 
-    with pytest.raises(InputError, match=r"loss became nan in epoch 3; lower train\.lr"):
+    with pytest.raises(InputError, match=r"loss is not finite in epoch 3 \(loss nan.*lower train\.lr"):
         Trainer(wanted, out=tmp_path / "run", model=model).fit()
 
     run = RunFolder(tmp_path / "run")

@@ -298,3 +298,19 @@ def test_more_weight_on_l_c_makes_the_selected_layer_less_critical():
         report = live.epoch_start(1, PROBE).report
         weakness.append({row.name: row.weakness for row in report.rows}["conv2"])
     assert weakness[1] < 0.8 * weakness[0]
+
+
+@pytest.mark.parametrize("norm_stats", ["frozen", "follow", "update"])
+def test_truncation_changes_no_weight_and_no_buffer_whatever_batch_norm_does(norm_stats):
+    states = []
+    for forward in ("truncated", "full"):
+        model = build("normed")
+        live = bound(model, ("conv1",), lam=0.1, norm_stats=norm_stats, forward=forward)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            model.train()
+            optimizer.zero_grad()
+            live(X, Y).loss.backward()
+            optimizer.step()
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])

@@ -56,7 +56,7 @@ def test_labels_are_the_papers_row_labels():
         ((PGDAT(), CleanCE()), "clean is an objective and must come first; PGD-AT stands there"),
         ((CLAT(), PGDAT()), "PGD-AT is an objective and must come first; CLAT stands there"),
         ((CLAT(start_epoch=5),), "CLAT stands alone but nothing would train before start_epoch=5"),
-        ((CLAT(base="inner"),), "CLAT stands alone but base='inner' has no inner loss"),
+        ((CLAT(base="inner"),), r"CLAT \(inner loss\) stands alone but base='inner' has no inner loss"),
     ],
 )
 def test_impossible_stacks_are_refused(methods, message):

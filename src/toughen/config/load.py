@@ -91,6 +91,7 @@ def resolve(document: Mapping[str, Any]) -> Recipe:
     threat = build(ThreatModel, document["threat"], path="threat")
     attack: PGD = _named(ATTACKS, document["attack"], path="attack", threat=threat)
     evaluate = build(EvaluateSettings, document.get("evaluate") or {}, path="evaluate")
+    step_size = attack.step_size if evaluate.step_size is None else evaluate.step_size
     return Recipe(
         description=str(document.get("description", "")),
         model=_model(document["model"]),
@@ -101,7 +102,7 @@ def resolve(document: Mapping[str, Any]) -> Recipe:
         train=build(TrainSettings, document["train"], path="train"),
         evaluate=evaluate,
         branch_epoch=_epoch(document.get("branch_epoch")),
-        branches=_branches(document, test_step_size=evaluate.step_size or attack.step_size),
+        branches=_branches(document, test_step_size=step_size),
     )
 
 

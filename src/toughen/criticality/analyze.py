@@ -92,7 +92,6 @@ def analyze(
     options = options or CriticalityOptions()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sums: _Sums | None = None
-    images = 0
     for number, (x, y, *_) in enumerate(batches):
         x, y = x.to(device), y.to(device)  # noqa: PLW2901
         check_images(x, attack.threat.bounds)
@@ -108,11 +107,9 @@ def analyze(
             random_state_kept(model),
         ):
             sums.watch(model, x, x_adv)
-        images += len(x)
     if layers is None or sums is None:
         raise InputError("no images to analyse: the batches are empty")
-    settings = {"attack": _describe(attack), "num_samples": images, "seed": seed, **asdict(options)}
-    return sums.report(settings)
+    return sums.report({"attack": _describe(attack), "seed": seed, **asdict(options)})
 
 
 class _Sums:
@@ -137,8 +134,9 @@ class _Sums:
         def output(name: str, value: Tensor) -> None:
             self.outputs.add(self.point[name].name, weakness(*value.detach().chunk(2), norm=norm))
 
-        def entering(name: str, value: Tensor) -> None:
-            self.inputs.add(name, weakness(*value.detach().chunk(2), norm=norm))
+        def entering(name: str, value: object) -> None:
+            if isinstance(value, Tensor):  # else there is no input to divide by, and no index
+                self.inputs.add(name, weakness(*value.detach().chunk(2), norm=norm))
 
         inputs = self.inputs.names if self.options.predecessor == "graph" else ()
         with torch.no_grad(), tap(model, self.point, output), tap(model, inputs, entering, side="input"):
@@ -172,16 +170,19 @@ class _Sums:
                 divisor = entering.get(layer.name, 0.0)
             else:
                 divisor = out[before.name]
-            rows.append(_row(layer, own, divisor, before, self.outputs.counts.get(layer.name, 0)))
+            shape = layer.num_inputs if self.options.predecessor == "graph" else before and before.num_features
+            ratio = shape / layer.num_features if before and shape else None
+            rows.append(_row(layer, own, divisor, ratio, self.outputs.counts.get(layer.name, 0)))
             if own is not None:
                 before = layer
         missing = (name for name in self.outputs.names if name not in out)
         lost = [f"{name}: its features are not finite, or it did not run" for name in missing]
+        settings = {**settings, "num_samples": self.image.counts["image"]}
         return CriticalityReport(tuple(rows), (*self.layers.notes(), *lost, *_dead(rows)), settings)
 
 
 def _row(
-    layer: Layer, weakness: float | None, divisor: float, before: Layer | None, num_samples: int
+    layer: Layer, weakness: float | None, divisor: float, shape_ratio: float | None, num_samples: int
 ) -> LayerCriticality:
     return LayerCriticality(
         index=layer.index,
@@ -190,7 +191,7 @@ def _row(
         num_parameters=layer.num_parameters,
         weakness=weakness,
         criticality=criticality(weakness, divisor),
-        shape_ratio=None if before is None else before.num_features / layer.num_features,
+        shape_ratio=shape_ratio,
         num_samples=num_samples,
         classifier=layer.classifier,
     )

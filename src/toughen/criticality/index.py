@@ -26,7 +26,8 @@ class LayerCriticality:
         num_parameters: Parameters that the layer owns.
         weakness: Eq. 2, or None where there is no single feature to measure.
         criticality: Eq. 3, or None where it is undefined (the weakness before is 0, or was not measured).
-        shape_ratio: N_{i-1} / N_i, the part of the index that the shapes alone decide; None for the first layer.
+        shape_ratio: N_{i-1} / N_i, the part of the index that the shapes alone decide (with ``predecessor="graph"``, of
+            the tensor that enters); None for the first layer.
         num_samples: Images behind the expectation.
         classifier: Whether the layer's output is the logits.
     """
@@ -84,10 +85,7 @@ class CriticalityReport:
             raise InputError(
                 "no layer has a criticality: the perturbed images equal the clean ones; is eps or step_size 0?"
             )
-        if not 1 <= k <= len(rows):
-            raise InputError(
-                f"k is {k}; this model has {len(rows)} layers to choose from, so k must be 1 to {len(rows)}"
-            )
+        check_k(k, len(rows))
         return rows
 
     def to_dict(self) -> dict[str, object]:
@@ -144,6 +142,16 @@ class CriticalityReport:
         for note in self.notes:
             console.print(f"note: {note}", soft_wrap=True, markup=False)
         return text.getvalue().rstrip()
+
+
+def check_k(k: int, num_layers: int) -> None:
+    """Refuse to choose ``k`` of ``num_layers`` layers where that can't be done.
+
+    Raises:
+        InputError: Says what is allowed.
+    """
+    if not 1 <= k <= num_layers:
+        raise InputError(f"k is {k}; this model has {num_layers} layers to choose from, so k must be 1 to {num_layers}")
 
 
 def criticality(weakness: float | None, before: float | None) -> float | None:

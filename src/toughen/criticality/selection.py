@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from toughen.criticality.index import CriticalityReport, LayerCriticality
+from toughen.criticality.index import CriticalityReport, LayerCriticality, check_k
 from toughen.errors import InputError, unknown
 from toughen.registry import Registry
 
@@ -73,8 +73,7 @@ class Random:
         self, report: CriticalityReport, k: int, *, classifier: bool, generator: torch.Generator
     ) -> tuple[str, ...]:
         """See ``SelectionRule``."""
-        report.top(k, classifier=classifier)  # refuses an impossible k in the same words
-        rows = sorted(report.ranked(classifier=classifier), key=lambda row: row.index)
+        rows = _measured(report, k, classifier=classifier)
         order = torch.randperm(len(rows), generator=generator).tolist()
         return _names([rows[position] for position in order[:k]])
 
@@ -88,9 +87,8 @@ class ShapeOnly:
         self, report: CriticalityReport, k: int, *, classifier: bool, generator: torch.Generator
     ) -> tuple[str, ...]:
         """See ``SelectionRule``."""
-        report.top(k, classifier=classifier)
-        rows = sorted(report.ranked(classifier=classifier), key=lambda row: (-(row.shape_ratio or 0.0), row.index))
-        return _names(rows[:k])
+        rows = _measured(report, k, classifier=classifier)
+        return _names(sorted(rows, key=lambda row: (-(row.shape_ratio or 0.0), row.index))[:k])
 
 
 @SELECTORS.register("fixed")
@@ -119,6 +117,13 @@ class Fixed:
         if len(self.layers) != k:
             raise InputError(f"k is {k} but {len(self.layers)} layers are named; leave k out or make them agree")
         return tuple(self.layers)
+
+
+def _measured(report: CriticalityReport, k: int, *, classifier: bool) -> list[LayerCriticality]:
+    """The layers that a rule may choose from without asking for their index: a control must not depend on it."""
+    rows = [row for row in report.rows if row.num_samples and (classifier or not row.classifier)]
+    check_k(k, len(rows))
+    return rows
 
 
 def _names(rows: Sequence[LayerCriticality]) -> tuple[str, ...]:

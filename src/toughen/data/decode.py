@@ -15,6 +15,8 @@ from torch import Tensor
 
 from toughen.errors import InputError
 
+# named, since Pillow also knows formats that it hands to an interpreter (EPS to Ghostscript)
+_FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
 _CHUNK = 512  # images per task: a task for each would cost more than decoding a small image
 
 Pixels = npt.NDArray[np.uint8]
@@ -55,7 +57,7 @@ def _decode_one(picture: Encoded, image_size: int | None) -> Pixels:
     """Return [H, W, 1] for a grey picture, [H, W, 3] for any other."""
     content = io.BytesIO(picture.content) if isinstance(picture.content, bytes) else picture.content
     try:
-        with Image.open(content) as opened:
+        with Image.open(content, formats=_FORMATS) as opened:
             image = _eight_bits(opened)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         raise InputError(f"cannot decode the image {picture.name}: {error}") from error

@@ -1,5 +1,6 @@
 """Images with their labels, and the three parts of a data set."""
 
+import hashlib
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,13 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digest(self) -> str:
+        """Return a checksum (SHA-256) of pixels and labels: equal for equal images, wherever they came from."""
+        checksum = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for part in (self.images, self.labels):
+            checksum.update(part.cpu().contiguous().numpy().tobytes())
+        return checksum.hexdigest()
 
     def subset(self, index: Tensor | slice) -> "ImageSet":
         """Return the rows at ``index``: a slice, or positions [M], int64, in that order."""

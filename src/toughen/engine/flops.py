@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from toughen.layers.taps import random_state_kept
 from toughen.objectives import Live
 
 
@@ -23,7 +24,7 @@ def flops_per_image(live: Live, x: Tensor, y: Tensor) -> float:
         y: [B].
     """
     twin = deepcopy(live)
-    with _Counter() as counter:
+    with random_state_kept(twin.model), _Counter() as counter:
         torch.autograd.backward(twin(x, y).loss)
     return float(counter.total) / len(x)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -18,9 +19,9 @@ PACKAGES = ("toughen", "torch", "numpy", "lightning-fabric", "safetensors", "sci
 
 
 def provenance(*, seed: int, device: torch.device, precision: str) -> dict[str, Any]:
-    """Describe this process and machine as plain values; paths and host names stay out."""
+    """Describe this process and machine as plain values. Paths are in it only if the command has them."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "seed": seed,

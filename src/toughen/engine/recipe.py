@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from toughen.attacks import PGD
+from toughen.criticality import CriticalityOptions
 from toughen.data import DataSettings
 from toughen.errors import InputError
 from toughen.evaluation import parse_attack
@@ -192,6 +194,11 @@ class Recipe:
         """The step size of PGD on test images."""
         return self.attack.step_size if self.evaluate.step_size is None else self.evaluate.step_size
 
+    @property
+    def test_batch_size(self) -> int:
+        """Images per batch outside training; it decides the random starts of attacks together with the seed."""
+        return max(self.train.batch_size, 250)
+
     def document(self) -> dict[str, Any]:
         """Return every setting as a plain value, defaults included, as ``config.yaml`` stores it.
 
@@ -207,7 +214,9 @@ class Recipe:
             "train": asdict(self.train),
             "evaluate": asdict(self.evaluate),
         }
-        plain: dict[str, Any] = json.loads(json.dumps(sections, default=repr))  # tuples become lists
+        if self.data.path is not None:
+            sections["data"]["path"] = str(Path(self.data.path).absolute())  # a run may be taken up from elsewhere
+        plain: dict[str, Any] = json.loads(json.dumps(sections, default=_refuse))  # tuples become lists
         if self.branches:
             branches = {name: branch.document() for name, branch in self.branches.items()}
             plain["branch_epoch"] = self.branch_epoch
@@ -216,7 +225,15 @@ class Recipe:
 
 
 def _named(method: Objective | Wrapper) -> dict[str, Any]:
-    return {"name": METHODS.name_of(type(method)), **asdict(method)}  # type: ignore[call-overload]
+    settings = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+    return {"name": METHODS.name_of(type(method)), **settings}
+
+
+def _refuse(value: Any) -> Any:
+    """Write a nested settings object as a mapping; a rule of the user's own has no name that a file could hold."""
+    if isinstance(value, CriticalityOptions):
+        return asdict(value)
+    raise InputError(f"{value!r} has no name that config.yaml could hold; register it (SELECTORS) and give its name")
 
 
 def _changes(run: Mapping[str, Any], branch: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,8 +27,10 @@ from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, e
 from toughen.engine.provenance import provenance
 from toughen.engine.recipe import ModelSettings, Recipe
 from toughen.errors import InputError
-from toughen.evaluation import EvalAttack, evaluate, parse_attack
+from toughen.evaluation import EvalAttack, evaluate, parse_attack, store
+from toughen.layers.taps import random_state_kept
 from toughen.objectives import PGDAT
+from toughen.rng import stream_seed
 from toughen.run_folder import RunFolder
 from toughen.types import Batch
 
@@ -135,6 +137,7 @@ class Trainer:
         total = self.recipe.stop_epoch * self.loader.steps_per_epoch
         with (
             self._stopping_politely(),
+            random_state_kept(self.model),
             epoch_progress(self._title(), total=total, show=self.show_progress) as progress,
         ):
             while self.progress.epoch < self.recipe.stop_epoch and not self._patience_over():
@@ -165,11 +168,12 @@ class Trainer:
             self._step(batch)
             now.step += 1
             progress.at(now.epoch * self.loader.steps_per_epoch + now.step)
-            if self._checkpoint_due():
+            stop = self._stop_asked  # once per step: a wish that comes later waits for the next
+            if stop or self._checkpoint_due():
                 self._means()  # weights that a loss without a number has spoiled are not saved
                 now.seconds = time.perf_counter() - started
                 self._save("last")
-            if self._stop_asked:
+            if stop:
                 raise Interrupted
         if self.device.type == "cuda":
             torch.cuda.synchronize()
@@ -178,7 +182,7 @@ class Trainer:
 
     def _epoch_start(self) -> None:
         now, epoch = self.progress, self.progress.epoch
-        size = min(len(self.data.train), max(100, self.settings.batch_size))
+        size = min(len(self.data.train), max(4, self.live.probe_size))
         probe = datasets.probe(
             self.data.train, count=size, seed=self.settings.seed, position=epoch, device=self.device, batch_size=size
         )
@@ -200,6 +204,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         x = batch.x.contiguous(memory_format=torch.channels_last)
+        # what dropout and its like draw depends on the step alone, as all other randomness does
+        torch.manual_seed(stream_seed(self.settings.seed, "forward", self.progress.epoch, self.progress.step))
         with self.fabric.autocast():
             output = self.live(x, batch.y, batch.index)
         self.optimizer.zero_grad(set_to_none=True)
@@ -207,7 +213,7 @@ class Trainer:
         self.optimizer.step()
         sums = self.progress.sums
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value
+            sums[name] = sums[name] + value if name in sums else value.double()
 
     def _lr(self) -> float:
         """The rate of the coming step: the schedule, counted from where the method wants it, times its factor."""
@@ -218,13 +224,14 @@ class Trainer:
     def _epoch_end(self, progress: EpochProgress) -> None:
         now = self.progress
         means = self._means()
+        lr = self.optimizer.param_groups[0]["lr"]
         now.epoch, now.step = now.epoch + 1, 0
         images = self.loader.steps_per_epoch * self.settings.batch_size
         row: dict[str, Any] = {
             "epoch": now.epoch,
             "method": self.recipe.method.label,
             "losses": means,
-            "lr": self._lr(),
+            "lr": lr,
             "seconds": now.seconds,
             "images_per_second": images / now.seconds,
             "trainable_share": self._trainable_share(),
@@ -257,8 +264,9 @@ class Trainer:
         now = self.progress
         means = {name: float(total) / now.step for name, total in now.sums.items()}
         if not all(math.isfinite(value) for value in means.values()):
+            terms = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
             raise InputError(
-                f"the loss became {means['loss']} in epoch {now.epoch + 1}; lower train.lr. "
+                f"the loss is not finite in epoch {now.epoch + 1} ({terms}); lower train.lr. "
                 f"The checkpoint from before is kept in {self.folder.checkpoints}"
             )
         return means
@@ -279,23 +287,20 @@ class Trainer:
         """Measure the last and the best checkpoint on test images; what is on disk already is kept."""
         wanted, recipe = self.recipe.evaluate, self.recipe
         attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.test_step_size) for n in wanted.attacks]
-        images = self.data.test
-        if wanted.samples is not None and wanted.samples < len(images):
-            images = images.subset(slice(wanted.samples))
+        images = self.data.test.subset(slice(wanted.samples))
         for name in ("best", "last"):
-            if self.folder.evaluations(name).keys() >= {attack.name for attack in attacks}:
-                continue
             state = checkpoint.load(self.folder.checkpoints / name, self.model)
+            stored = self.folder.evaluations(name)
+            if all(attack.name in stored and stored[attack.name]["epoch"] == state["epoch"] for attack in attacks):
+                continue
             with sample_progress(len(images)) as progress:
                 results = evaluate(
                     self.model, self._batches(images), attacks, seed=self.settings.seed, progress=progress
                 )
-            for result in results.values():
-                content = {**result.to_dict(), "checkpoint": name, "epoch": state["epoch"], "data": recipe.data.name}
-                self.folder.write_evaluation(name, result.attack, content)
+            store(self.folder, results, checkpoint=name, epoch=state["epoch"], images=images)
 
     def _batches(self, images: ImageSet) -> Iterator[Batch]:
-        return datasets.in_order(images, batch_size=max(self.settings.batch_size, 250), device=self.device)
+        return datasets.in_order(images, batch_size=self.recipe.test_batch_size, device=self.device)
 
     # -- stopping and resuming --------------------------------------------------------------------
 
@@ -306,7 +311,7 @@ class Trainer:
 
     def _checkpoint_due(self) -> bool:
         every = self.settings.checkpoint_steps
-        return self._stop_asked or (every is not None and self.progress.step % every == 0)
+        return every is not None and self.progress.step % every == 0
 
     def _save(self, name: str) -> None:
         now = self.progress
@@ -323,10 +328,12 @@ class Trainer:
         self.progress = now
 
     def _continue_from(self, start: RunFolder) -> None:
-        """Begin as a branch: weights, momentum, epoch and random streams of a finished run; its method stays behind."""
+        """Begin as a branch: weights, momentum, epoch, random streams of a run; its state if the method is the same."""
         state = checkpoint.load(start.checkpoints / "last", self.model)
         own = self.optimizer.state_dict()["param_groups"]  # a branch may have its own weight decay, for example
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
+        if RunFolder.open(start.path).config()["method"] == self.recipe.document()["method"]:
+            self.live.load_state_dict(state["live"])
         self.live.calls = state["live"]["calls"]
         self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])
 

@@ -148,7 +148,7 @@ def map_layers(
             )
     names = {m: n for m, n in candidates.items() if not any(fnmatchcase(n, pattern) for pattern in exclude)}
     trace = _Trace(model, names)
-    trace.run(example)
+    trace.run(torch.cat([example[:1], example[:1]]))  # two samples tell what depends on the batch
     calls = Counter(trace.order)
     tuples = tuple(dict.fromkeys(trace.tuples))
     executed = [name for name in dict.fromkeys(trace.order) if name not in tuples]

@@ -1,4 +1,7 @@
-"""Which layers train, and what "frozen" means: not one bit of a frozen parameter or buffer moves."""
+"""Which layers train, and what "frozen" means: not one bit of a frozen parameter or batch statistic moves.
+
+Other buffers are the model's own business: spectral norm, for example, updates its vectors in every train-mode forward.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -54,7 +54,8 @@ class CLAT:
             ``"keep"`` touches nothing, ``"reset"`` drops all. Needs the optimizer in ``epoch_start``.
         lr: ``"continue"`` the schedule, or ``"restart"`` it when CLAT begins [16]. The loop applies it.
         lr_scale: Factor on the scheduled learning rate while CLAT is active [16]. The loop applies it.
-        forward: ``"truncated"`` stops attacks at the deepest selected layer; ``"full"`` runs all: same result [30].
+        forward: ``"truncated"`` stops attacks, and with frozen statistics L_C too, at the deepest selected layer;
+            ``"full"`` runs all: same result [30].
         probe_size: Training images per selection, 10 to 100 in the paper (Table 10) [21].
         classifier: Whether the classifier may be selected (``"include"``) [5].
         criticality: How the index is measured [3, 4, 6-10].
@@ -98,6 +99,8 @@ class CLAT:
                 "they must be >= 0, >= 1 (or null for a single selection), and >= 1"
             )
         self._name_rule()
+        if self.lam == 0 and self.base != "adv_ce" and self.inner_max == "fgsm-rs":
+            raise InputError("clat inner_max='fgsm-rs' has no effect with lam=0: the features are not attacked then")
         if (self.select == "fixed") != bool(self.layers):
             raise InputError("clat layers and select='fixed' go together: name the layers, or choose another rule")
         if self.layers and self.k not in (None, len(self.layers)):
@@ -108,8 +111,10 @@ class CLAT:
 
     @property
     def label(self) -> str:
-        """``"CLAT"``, or ``"CLAT (fast)"``."""
-        return "CLAT" if self.inner_max == "same" else "CLAT (fast)"
+        """``"CLAT"`` with the loss of Eq. 6; else it says which: ``"CLAT (fast)"``, ``"CLAT (inner loss)"``, ..."""
+        loss = {"clean_ce": "", "adv_ce": "adversarial CE", "inner": "inner loss"}[self.base]
+        notes = [note for note in ("fast" if self.inner_max == "fgsm-rs" else "", loss) if note]
+        return f"CLAT ({', '.join(notes)})" if notes else "CLAT"
 
     @property
     def needs_inner(self) -> str | None:
@@ -129,7 +134,7 @@ class CLAT:
         if isinstance(self.select, Fixed):
             object.__setattr__(self, "layers", tuple(self.select.layers))
             object.__setattr__(self, "select", "fixed")
-        elif type(self.select) in SELECTORS.values():
+        elif type(self.select) in SELECTORS.values() and self.select == type(self.select)():
             object.__setattr__(self, "select", SELECTORS.name_of(type(self.select)))
 
     def bind(self, model: nn.Module, *, attack: Attack, inner: Live | None = None, seed: int = 0) -> "LiveCLAT":
@@ -250,7 +255,7 @@ class LiveCLAT(Live):
 
     def _train_only(self, names: tuple[str, ...], optimizer: torch.optim.Optimizer | None) -> None:
         assert self.layer_map is not None
-        before = {id(p) for p in self.trainable()} if self._layers else set()
+        before = {id(p) for p in self.trainable()}
         self._layers = tuple(self.layer_map.by_name(name) for name in names)
         self.trainable_set.select(self._layers)
         if optimizer is None or self.settings.on_reselect == "keep":
@@ -287,6 +292,11 @@ class LiveCLAT(Live):
     def schedule_start(self) -> int:
         """See ``Live.schedule_start``."""
         return self.first_epoch or 0 if self.settings.lr == "restart" else 0
+
+    @property
+    def probe_size(self) -> int:
+        """See ``Live.probe_size``."""
+        return self.settings.probe_size
 
     def facts(self) -> dict[str, float]:
         """See ``Live.facts``."""
@@ -339,7 +349,8 @@ class LiveCLAT(Live):
             clean=clean,
             clean_grad=settings.clean_grad,
             layer_grad=settings.layer_grad,
-            stop_early=settings.forward == "truncated",
+            # where statistics move, every batch norm must see both batches, whatever is selected
+            stop_early=settings.forward == "truncated" and settings.norm_stats == "frozen",
         )
         return StepOutput(base + self.lam * distance, {**terms, "feature": distance.detach()})
 

@@ -18,7 +18,8 @@ class Stack:
         methods: At most one objective, which comes first, and the wrappers around it.
 
     Raises:
-        InputError: Nothing to stack, an objective that is not the first, or a wrapper that misses its inner method.
+        InputError: Nothing to stack, an objective that is not the first, a method named twice, or a wrapper that
+            misses its inner method.
     """
 
     methods: tuple[Objective | Wrapper, ...]
@@ -31,6 +32,9 @@ class Stack:
                 raise InputError(
                     f"{outer.label} is an objective and must come first; {self.methods[0].label} stands there"
                 )
+        for number, method in enumerate(self.methods):
+            if any(type(method) is type(other) for other in self.methods[:number]):
+                raise InputError(f"{method.label} stands twice in the stack; name it once")
         first = self.methods[0]
         if not isinstance(first, Objective) and first.needs_inner:
             raise InputError(

@@ -82,6 +82,11 @@ class Live(ABC):
         """The epoch from which the learning-rate schedule is to be counted now."""
         return 0
 
+    @property
+    def probe_size(self) -> int:
+        """How many images ``epoch_start`` would look at."""
+        return 0
+
     def facts(self) -> dict[str, float]:
         """Return what belongs into the log of every epoch, for example CLAT's lambda."""
         return {}

@@ -38,7 +38,7 @@ def comparison_table(runs: Iterable[RunFolder]) -> Table:
 
 
 class _Entry:
-    """One row: a run with its evaluations and the mean cost of its own epochs."""
+    """One row: a run with its evaluations and the cost of its own epochs (median seconds, mean operations)."""
 
     def __init__(self, run: RunFolder, name: str, log: list[dict[str, Any]]) -> None:
         self.name = name
@@ -77,13 +77,21 @@ def _common_attacks(entries: list[_Entry]) -> list[str]:
     for entry in entries:
         for attack in attacks:
             result, others = first.last[attack], (entry.last[attack], entry.best[attack])
-            if any((other["settings"], other["n"]) != (result["settings"], result["n"]) for other in others):
+            if any(other["images_sha256"] != result["images_sha256"] for other in others):
                 raise InputError(
-                    f"{entry.name} and {first.name} were not evaluated alike ({attack}: other threat model, settings "
-                    "or number of images); evaluate both with the same `toughen evaluate` call"
+                    f"{entry.name} and {first.name} were evaluated on different test images "
+                    f"(n {others[0]['n']} of {entry.config['data']['name']}, n {result['n']} of "
+                    f"{first.config['data']['name']}); compare them apart"
                 )
-        if entry.config["data"]["name"] != first.config["data"]["name"]:
-            raise InputError(f"{entry.name} and {first.name} were trained on different data; compare them apart")
+            if any(other["settings"] != result["settings"] for other in others):
+                raise InputError(
+                    f"{entry.name} and {first.name} were not evaluated alike ({attack}: other threat model or "
+                    "settings); evaluate both with the same `toughen evaluate` call"
+                )
+        if entry.config["threat"] != first.config["threat"]:
+            raise InputError(
+                f"{entry.name} and {first.name} were trained for different threat models; compare them apart"
+            )
     return attacks
 
 
