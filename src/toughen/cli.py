@@ -154,10 +154,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         store(target.run, results, checkpoint=options.checkpoint or "last", epoch=target.epoch, images=images)
     target.say_note()
     threat = f"{target.threat.norm} eps {target.threat.eps:.4g}, step size {target.step_size:.4g}"
-    table = Table("attack", "accuracy", title=f"{options.target}, {len(images)} test images of {target.splits.name}")
+    out.print(f"{options.target}, {len(images)} test images of {target.splits.name}, {threat}:", highlight=False)
+    table = Table("attack", "accuracy")
     for result in results.values():
         table.add_row(result.attack, f"{100 * result.accuracy:.2f} %")
-    table.caption = threat
     out.print(table)
     if options.json:
         _write(options.json, json.dumps({name: result.to_dict() for name, result in results.items()}))

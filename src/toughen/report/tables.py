@@ -101,4 +101,4 @@ def _percent(result: dict[str, Any]) -> str:
 
 def _threat(entry: _Entry) -> str:
     threat = entry.config["threat"]
-    return f"{threat.get('norm', 'linf')}, eps {threat['eps']}, data {entry.config['data']['name']}"
+    return f"{threat.get('norm', 'linf')}, eps {threat['eps']:.4g}, data {entry.config['data']['name']}"
