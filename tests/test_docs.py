@@ -40,3 +40,8 @@ def test_the_links_of_a_page_lead_to_files(page: Path) -> None:
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
 
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_a_page_has_no_gap_left_to_fill(page: Path) -> None:
+    assert re.findall(r"@@|TODO|TBD", page.read_text()) == []
