@@ -560,3 +560,14 @@ def test_the_sets_of_a_recipe_do_not_overlap():
     splits = data.load(recipe(data={"train_samples": 200}).data)
     keys = [{image.numpy().tobytes() for image in part.images} for part in (splits.train, splits.validation)]
     assert len(keys[0] & keys[1]) <= 2  # two scans may be alike, twenty may not
+
+
+def test_a_dry_run_finds_what_the_run_would_stumble_over(refused):
+    refused(["train", "digits", "--dry-run", "method.0={name: clat, k: 50}"], "k is 50", "1 to 6")
+    refused(["train", "digits", "--dry-run", "train.batch_size=5000"], "batch_size is 5000")
+    refused(["train", "digits", "--dry-run", "threat.eps=8"], "eps is 8", "did you mean 8/255?")
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_the_work(refused, tmp_path):
+    refused(["analyze", "small_cnn", "--plot", str(tmp_path / "plot.jpgg")], "plot.jpgg", ".png, .pdf, .svg")
+    refused(["evaluate", "small_cnn", "--json", str(tmp_path / "gone" / "a.json")], "there is no folder")

@@ -20,7 +20,16 @@ from toughen.config import ATTACKS, load_recipe, recipe_names, resolve
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS
 from toughen.data import DATASETS, DataSplits
-from toughen.engine import Interrupted, ModelSettings, Recipe, Trainer, checkpoint, create_model, pick_device
+from toughen.engine import (
+    Interrupted,
+    ModelSettings,
+    Recipe,
+    Trainer,
+    check_methods,
+    checkpoint,
+    create_model,
+    pick_device,
+)
 from toughen.engine.progress import sample_progress
 from toughen.errors import InputError
 from toughen.evaluation import attack_names, evaluate, parse_attack, store
@@ -76,9 +85,13 @@ def _train(options: argparse.Namespace) -> None:
         named = words[:1] if words and "=" not in words[0] else []
         recipe = load_recipe(named[0] if named else "digits", words[len(named) :])
     if options.dry_run:
-        print(yaml.safe_dump(recipe.document(), sort_keys=False))
         splits = data.load(recipe.data)
-        _print_layers(create_model(recipe.model, splits), splits)
+        model = create_model(recipe.model, splits)
+        check_methods(recipe, model, splits)
+        for member in (recipe, *recipe.branches.values()):
+            data.DeviceLoader(splits.train, batch_size=member.train.batch_size, device="cpu", seed=0)
+        print(yaml.safe_dump(recipe.document(), sort_keys=False))
+        _print_layers(model, splits)
         return
     trainer = Trainer(recipe, out=options.resume or options.out, resume=bool(options.resume))
     err.print(f"run folder: {trainer.folder.path}", highlight=False, soft_wrap=True)
@@ -104,6 +117,8 @@ def _show(run: RunFolder) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> None:
+    _check_output(options.json)
+    _check_output(options.plot, ".png", ".pdf", ".svg")
     target = _target(options)
     criticality = CriticalityOptions(
         norm=options.weakness_norm,
@@ -134,6 +149,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    _check_output(options.json)
     target = _target(options)
     names = options.attacks.split(",")
     attacks = [parse_attack(name, threat=target.threat, step_size=target.step_size) for name in names]
@@ -283,6 +299,17 @@ def _print_layers(model: nn.Module, splits: DataSplits) -> None:
     out.print(table)
     for note in layers.notes():
         print(f"note: {note}")
+
+
+def _check_output(file: str | None, *suffixes: str) -> None:
+    """Refuse a file that could not be written, before the work that would fill it."""
+    if file is None:
+        return
+    path = Path(file)
+    if not path.parent.is_dir():
+        raise InputError(f"can't write {file}: there is no folder {path.parent}")
+    if suffixes and path.suffix not in suffixes:
+        raise InputError(f"can't write {file}: its name must end in {', '.join(suffixes)}")
 
 
 def _write(file: str, text: str) -> None:

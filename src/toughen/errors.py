@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -29,3 +30,19 @@ def unknown(what: str, given: str, allowed: Iterable[str], *, hint: str = "") ->
     guess = f"; did you mean {near[0]!r}?" if near else ""
     listing = ", ".join(names) if len(names) <= 24 else ", ".join(names[:24]) + ", ..."
     return InputError(f"unknown {what} {given!r}{guess} Allowed: {listing}{'; ' + hint if hint else ''}")
+
+
+def check_choices(settings: Any, *, where: str) -> None:
+    """Refuse a value that is not among those of its ``Literal`` annotation, for settings made in Python.
+
+    Args:
+        settings: A dataclass instance.
+        where: What the settings are of, for the message.
+
+    Raises:
+        InputError: Names the setting, the value, what is allowed and the nearest match.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        value = getattr(settings, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise unknown(f"{where} {name}", str(value), [str(choice) for choice in get_args(hint)])

@@ -23,7 +23,7 @@ class ThreatModel:
         bounds: Smallest and largest pixel value.
 
     Raises:
-        InputError: Unknown norm, negative or non-finite eps, empty bounds.
+        InputError: Unknown norm, negative or non-finite eps, an l_inf eps beyond the range of pixels, empty bounds.
     """
 
     norm: Norm = "linf"
@@ -37,6 +37,10 @@ class ThreatModel:
             raise InputError(f"eps is {self.eps!r}; it must be a finite number >= 0, in pixel units of [0, 1]")
         if not self.bounds[0] < self.bounds[1]:
             raise InputError(f"bounds are {self.bounds}; the first must be below the second")
+        if self.norm == "linf" and self.eps > self.bounds[1] - self.bounds[0]:
+            raise InputError(
+                f"eps is {self.eps:g}, more than the whole range of {list(self.bounds)}; did you mean {self.eps:g}/255?"
+            )
 
 
 class Batch(NamedTuple):

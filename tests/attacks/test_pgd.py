@@ -99,6 +99,7 @@ def test_steps_matter_and_follow_the_gradient_of_each_iterate():
     per_sample=st.booleans(),
 )
 def test_ball_and_box_are_always_respected(norm, eps, step, steps, keep, random_start, seed, per_sample):
+    eps = min(eps, 1.0) if norm == "linf" else eps  # a larger l_inf budget is refused
     draw = torch.Generator().manual_seed(seed)
     x = torch.rand(4, 3, 8, 8, generator=draw)
     x[0], x[1] = 0.0, 1.0  # on the faces of the box
@@ -315,3 +316,10 @@ def test_budgets_per_sample_need_a_scale():
 def test_impossible_threat_models_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         ThreatModel(**changes)
+
+
+def test_an_l_inf_budget_beyond_the_range_of_pixels_is_refused_with_the_likely_meaning():
+    with pytest.raises(InputError, match=r"eps is 8, more than the whole range .*did you mean 8/255\?"):
+        ThreatModel(norm="linf", eps=8)
+    assert ThreatModel(norm="linf", eps=8, bounds=(0, 255)).eps == 8
+    assert ThreatModel(norm="l2", eps=8).eps == 8

@@ -115,3 +115,9 @@ def test_a_rule_given_as_an_object_is_the_same_setting_as_its_name():
 def test_k_must_agree_with_the_named_layers():
     with pytest.raises(InputError, match="clat k is 3 but 2 layers are named"):
         CLAT(k=3, select="fixed", layers=("a", "b"))
+
+
+@pytest.mark.parametrize(("setting", "near"), [("base", "inner"), ("forward", "full"), ("norm_stats", "follow")])
+def test_a_misspelt_choice_is_refused_in_python_too(setting, near):
+    with pytest.raises(InputError, match=f"unknown clat {setting} '{near}x'; did you mean '{near}'"):
+        CLAT(**{setting: f"{near}x"})

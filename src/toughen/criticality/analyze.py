@@ -12,7 +12,7 @@ from toughen.attacks import Attack
 from toughen.criticality.curvature import curvature
 from toughen.criticality.index import CriticalityReport, LayerCriticality, criticality
 from toughen.criticality.weakness import Expectation, WeaknessNorm, WeaknessSums, weakness
-from toughen.errors import InputError
+from toughen.errors import InputError, check_choices
 from toughen.layers import Granularity, Layer, LayerMap, ModelView, map_layers, tap
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
 from toughen.rng import generator
@@ -53,6 +53,7 @@ class CriticalityOptions:
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_choices(self, where="criticality")
         if self.measure == "curvature" and (self.norm == "relative" or self.predecessor == "graph"):
             raise InputError(
                 "measure='curvature' differentiates layer outputs: it goes with predecessor='execution' and with "

@@ -33,7 +33,7 @@ def _split(rows: Rows, settings: DataSettings) -> tuple[ImageSet, ImageSet]:
         wanted = "at least 1 training image" if num_train is None else f"data.train_samples={num_train}"
         raise InputError(
             f"data.validation={settings.validation} and {wanted} do not fit in the"
-            f" {len(rows)} training images of {settings.name!r}"
+            f" {len(rows)} training images of {settings.name!r}; set data.validation to less"
         )
     order = torch.randperm(len(rows), generator=rng.generator(settings.split_seed, "split"))
     validation, rest = order[: settings.validation], order[settings.validation :]

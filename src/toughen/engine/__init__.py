@@ -3,7 +3,7 @@
 from toughen.engine import checkpoint
 from toughen.engine.device import pick_device
 from toughen.engine.recipe import EvaluateSettings, ModelSettings, Recipe, TrainSettings
-from toughen.engine.trainer import Interrupted, Trainer, create_model
+from toughen.engine.trainer import Interrupted, Trainer, check_methods, create_model
 
 __all__ = [
     "EvaluateSettings",
@@ -12,6 +12,7 @@ __all__ = [
     "Recipe",
     "TrainSettings",
     "Trainer",
+    "check_methods",
     "checkpoint",
     "create_model",
     "pick_device",

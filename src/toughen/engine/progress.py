@@ -71,9 +71,14 @@ def epoch_status(log: list[dict[str, Any]]) -> str:
     return " ".join(f"clean {100 * m['clean']:.1f} robust {100 * m['robust']:.1f}" for m in measured)
 
 
-def epoch_line(row: dict[str, Any]) -> str:
-    """Say how one epoch went, in one line."""
-    parts = [f"epoch {row['epoch']:>3}", row["method"], f"loss {row['losses']['loss']:.3f}", f"lr {row['lr']:.4f}"]
+def epoch_line(run: str, row: dict[str, Any]) -> str:
+    """Say how one epoch of a run (or branch) went, in one line."""
+    parts = [
+        f"{run}: epoch {row['epoch']:>3}",
+        row["method"],
+        f"loss {row['losses']['loss']:.3f}",
+        f"lr {row['lr']:.4f}",
+    ]
     if "validation" in row:
         measured = row["validation"]
         parts.append(f"validation clean {measured['clean']:.3f} robust {measured['robust']:.3f} (n={measured['n']})")

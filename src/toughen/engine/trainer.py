@@ -102,7 +102,7 @@ class Trainer:
             pad=recipe.data.pad,
         )
         self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
-        self._check_methods()
+        check_methods(recipe, self.model, self.data)
         self.optimizer = make_optimizer(self.model, self.settings)
         self.show_progress = show_progress
         self.progress = _Progress()
@@ -252,7 +252,7 @@ class Trainer:
             self._save("best")
         self.folder.write_log(now.log)
         self._save("last")
-        progress.say(epoch_line(row), status=epoch_status(now.log))
+        progress.say(epoch_line(self.folder.path.name, row), status=epoch_status(now.log))
         if self._stop_asked:
             raise Interrupted
 
@@ -337,14 +337,6 @@ class Trainer:
         self.live.calls = state["live"]["calls"]
         self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])
 
-    def _check_methods(self) -> None:
-        """Refuse what this model can't do before hours are spent, in the branches too."""
-        example = datasets.in_order(self.data.train, batch_size=1, device=self.device)
-        x = next(iter(example)).x
-        self.live.check(x)
-        for branch in self.recipe.branches.values():
-            branch.method.bind(self.model, attack=branch.attack, seed=branch.train.seed).check(x)
-
     @contextmanager
     def _stopping_politely(self) -> Iterator[None]:
         """Turn Ctrl-C and SIGTERM into a wish that the loop fulfils after the step under way."""
@@ -361,6 +353,18 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
+    """Refuse what this model can't do before hours are spent, in the branches too.
+
+    Raises:
+        InputError: Names the setting, for example a ``k`` above the number of layers.
+    """
+    device = next(model.parameters()).device
+    x = next(datasets.in_order(data.train, batch_size=1, device=device)).x
+    for member in (recipe, *recipe.branches.values()):
+        member.method.bind(model, attack=member.attack, seed=member.train.seed).check(x)
 
 
 def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toughen.attacks import Attack, FeatureNorm, FeatureShift, fgsm_rs
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS, Fixed, Selection, SelectionRule
-from toughen.errors import InputError
+from toughen.errors import InputError, check_choices
 from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers
 from toughen.layers.taps import mode
 from toughen.objectives import METHODS, Live, feature_loss
@@ -87,6 +87,7 @@ class CLAT:
     criticality: CriticalityOptions = field(default_factory=CriticalityOptions)
 
     def __post_init__(self) -> None:
+        check_choices(self, where="clat")
         if self.k is not None and self.k < 1:
             raise InputError(f"clat k is {self.k}; at least 1 layer must train")
         if self.lam != "auto" and not (isinstance(self.lam, float | int) and 0 <= self.lam < math.inf):

@@ -24,7 +24,7 @@ def plot_training(run: RunFolder, file: Path) -> None:
         for kind, style in (("clean", "--"), ("robust", "-")):
             values = [100 * row["validation"][kind] for row in rows]
             axes.plot(epochs, values, style, color=f"C{number}", label=f"{name}, {kind}")
-    axes.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    axes.set(xlabel="epoch", ylabel="validation accuracy (%); robust: training attack")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(file, dpi=120)

@@ -45,9 +45,8 @@ class _Entry:
         self.config = run.config()
         self.last, self.best = run.evaluations("last"), run.evaluations("best")
         if not self.last or not self.best or not log:
-            raise InputError(
-                f"run {run.path} has no evaluation yet; finish it with `toughen train --resume {run.path}`"
-            )
+            path = (run.parent_run or run).path
+            raise InputError(f"run {run.path} has no evaluation yet; finish it with `toughen train --resume {path}`")
         self.log = log
         self.method = log[-1]["method"]
         self.epochs = log[-1]["epoch"]
