@@ -128,7 +128,7 @@ def test_a_parameter_that_never_asked_for_gradients_stays_frozen_when_selected()
     model.second.bias.requires_grad_(False)
     trainable = TrainableSet(model)
     trainable.select([map_layers(model, X[:1]).by_name("second")])
-    assert [p is model.second.weight for p in trainable.parameters()] == [True]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["second.weight"]
 
 
 def test_restore_gives_every_parameter_its_flag_and_batch_norm_its_mode_back():
@@ -142,13 +142,3 @@ def test_restore_gives_every_parameter_its_flag_and_batch_norm_its_mode_back():
     assert all(module.training for module in model.modules())
     trainable.apply_mode()
     assert model.bn1.training
-
-
-def test_share_counts_trainable_numbers():
-    model = build("backwards")
-    trainable = TrainableSet(model)
-    assert trainable.share() == 1.0
-    layers = map_layers(model, X[:1])
-    trainable.select([layers.by_name("first")])
-    total = sum(p.numel() for p in model.parameters())
-    assert trainable.share() == layers.by_name("first").num_parameters / total

@@ -1,12 +1,12 @@
 """CLAT's settings: what is refused and in which words, and what they are called."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import pytest
 
 from toughen.attacks import PGD
-from toughen.criticality.selection import Bottom, Fixed
+from toughen.criticality.selection import SELECTORS, Bottom, Fixed
 from toughen.errors import InputError
 from toughen.methods import CLAT, CLATPaper, stack
 from toughen.objectives import METHODS, PGDAT, CleanCE
@@ -121,3 +121,15 @@ def test_k_must_agree_with_the_named_layers():
 def test_a_misspelt_choice_is_refused_in_python_too(setting, near):
     with pytest.raises(InputError, match=f"unknown clat {setting} '{near}x'; did you mean '{near}'"):
         CLAT(**{setting: f"{near}x"})
+
+
+def test_a_rule_with_settings_of_its_own_keeps_them(monkeypatch):
+    @dataclass(frozen=True)
+    class Skipping:
+        skip: int
+
+        def __call__(self, report, k, *, classifier, generator):
+            return tuple(row.name for row in report.ranked()[self.skip : self.skip + k])
+
+    monkeypatch.setitem(SELECTORS._entries, "skipping", Skipping)
+    assert CLAT(select=Skipping(skip=3)).select == Skipping(skip=3)

@@ -332,7 +332,7 @@ class Trainer:
         state = checkpoint.load(start.checkpoints / "last", self.model)
         own = self.optimizer.state_dict()["param_groups"]  # a branch may have its own weight decay, for example
         self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
-        if RunFolder.open(start.path).config()["method"] == self.recipe.document()["method"]:
+        if start.config()["method"] == self.recipe.document()["method"]:
             self.live.load_state_dict(state["live"])
         self.live.calls = state["live"]["calls"]
         self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])

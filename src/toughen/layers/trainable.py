@@ -78,15 +78,6 @@ class TrainableSet:
                     module.training = self.model.training
         self._active = False
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters that ask for a gradient now."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def share(self) -> float:
-        """Return the trainable share of all parameters, in [0, 1]."""
-        total = sum(parameter.numel() for parameter in self.model.parameters())
-        return sum(parameter.numel() for parameter in self.parameters()) / total
-
     def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         # a shared parameter must be found under each of its names
         return list(self.model.named_parameters(remove_duplicate=False))

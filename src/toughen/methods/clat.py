@@ -135,7 +135,7 @@ class CLAT:
         if isinstance(self.select, Fixed):
             object.__setattr__(self, "layers", tuple(self.select.layers))
             object.__setattr__(self, "select", "fixed")
-        elif type(self.select) in SELECTORS.values() and self.select == type(self.select)():
+        elif type(self.select) in SELECTORS.values() and not vars(self.select):
             object.__setattr__(self, "select", SELECTORS.name_of(type(self.select)))
 
     def bind(self, model: nn.Module, *, attack: Attack, inner: Live | None = None, seed: int = 0) -> "LiveCLAT":
