@@ -13,6 +13,10 @@ class InputError(ValueError):
     """
 
 
+class Notice(UserWarning):
+    """What a user should know although nothing is wrong; the command line prints it in one line."""
+
+
 def unknown(what: str, given: str, allowed: Iterable[str], *, hint: str = "") -> InputError:
     """Build the error for a name that is not among the allowed ones, with its nearest match.
 
@@ -29,7 +33,7 @@ def unknown(what: str, given: str, allowed: Iterable[str], *, hint: str = "") ->
     near = get_close_matches(given, names, n=1, cutoff=0.5)
     guess = f"; did you mean {near[0]!r}?" if near else ""
     listing = ", ".join(names) if len(names) <= 24 else ", ".join(names[:24]) + ", ..."
-    return InputError(f"unknown {what} {given!r}{guess} Allowed: {listing}{'; ' + hint if hint else ''}")
+    return InputError(f"unknown {what} {given!r}{guess} Allowed: {listing or 'none'}{'; ' + hint if hint else ''}")
 
 
 def check_choices(settings: Any, *, where: str) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from toughen.data import DataSettings, ImageSet, load
+from toughen.data.splits import stratified_order
 from toughen.errors import InputError
 
 
@@ -62,6 +63,30 @@ def test_fewer_samples_are_the_start_of_more() -> None:
     assert torch.equal(fewer.train.images, more.train.images[:20])
     assert torch.equal(fewer.test.images, more.test.images[:10])
     assert torch.equal(fewer.validation.images, more.validation.images)
+
+
+@given(counts=st.lists(st.integers(1, 30), min_size=2, max_size=6), seed=st.integers(0, 100), start=st.integers(0, 180))
+def test_every_start_of_the_order_holds_the_classes_in_their_shares(counts: list[int], seed: int, start: int) -> None:
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    order = stratified_order(labels, torch.Generator().manual_seed(seed))
+    assert sorted(order.tolist()) == list(range(len(labels)))
+    start = min(start, len(labels))
+    for label, count in enumerate(counts):
+        expected = start * count / len(labels)
+        assert abs(int((labels[order[:start]] == label).sum()) - expected) <= len(counts)
+
+
+def test_the_validation_images_hold_every_digit_equally_often() -> None:
+    counts = load(DataSettings(validation=200)).validation.labels.bincount()
+    share = load(DataSettings(validation=200)).train.labels.bincount() / 998 * 200
+    assert (counts - share).abs().max() <= 1
+
+
+def test_the_order_is_random_within_its_classes() -> None:
+    labels = torch.zeros(50, dtype=torch.int64)
+    first, second = (stratified_order(labels, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, torch.arange(50))
 
 
 def test_image_size_resizes_every_part() -> None:

@@ -116,7 +116,7 @@ def test_another_seed_is_another_run(tmp_path):
 
 
 def test_the_best_checkpoint_is_the_epoch_with_the_highest_robust_validation_accuracy(tmp_path):
-    plan = {"epochs": 6, "lr": 0.3, "schedule": "constant"}
+    plan = {"epochs": 6, "lr": 0.3, "schedule": "constant", "seed": 1}
     run = train(tmp_path / "run", train=plan, data={"train_samples": 120})
     robust = [row["validation"]["robust"] for row in run.log()]
     best = 1 + robust.index(max(robust))
@@ -356,7 +356,7 @@ def test_your_own_network_and_images_are_trained(tmp_path):
 
 
 def test_the_model_ends_with_the_last_weights_and_trainable(tmp_path):
-    plan = {"epochs": 6, "lr": 0.3, "schedule": "constant"}
+    plan = {"epochs": 6, "lr": 0.3, "schedule": "constant", "seed": 1}
     wanted = recipe(train=plan, data={"train_samples": 120}, **clat(start_epoch=5))
     model = create_model(wanted.model, data.load(wanted.data), seed=0)
     run = Trainer(wanted, out=tmp_path / "run", model=model).fit()

@@ -86,3 +86,24 @@ def test_objectives_train_all_layers_and_select_none():
 def test_objectives_are_registered_by_their_recipe_names():
     assert METHODS["clean"] is CleanCE
     assert METHODS["pgd-at"] is PGDAT
+
+
+@pytest.mark.parametrize("objective", [CleanCE(), PGDAT()])
+def test_images_without_a_label_add_nothing_to_loss_and_gradients(objective):
+    labels = Y.clone()
+    labels[[1, 4]] = -1
+    labelled = labels >= 0
+    model, alone = build("nested"), build("nested")
+    still = PGD(ThreatModel(eps=0.0), step_size=0.05, steps=1)
+    loss = objective.bind(model, attack=still)(X, labels).loss
+    expected = F.cross_entropy(alone(X)[labelled], Y[labelled])
+    assert torch.allclose(loss, expected)
+    for found, wanted in zip(gradients(model, loss), gradients(alone, expected), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_batch_without_any_label_has_loss_zero_and_a_finite_gradient():
+    model = build("nested")
+    loss = PGDAT().bind(model, attack=PGD2)(X, torch.full_like(Y, -1)).loss
+    assert loss.item() == 0.0
+    assert all(value.isfinite().all() for value in gradients(model, loss))

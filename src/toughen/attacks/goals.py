@@ -26,11 +26,11 @@ class Goal(Protocol):
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Cross-entropy with the true label (untargeted)."""
+    """Cross-entropy with the true label (untargeted); 0 for an image without one (label -1)."""
 
     def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
         """See ``Goal.bind``; ``x`` is not used."""
-        return lambda x_adv: F.cross_entropy(view(x_adv), y, reduction="none")
+        return lambda x_adv: F.cross_entropy(view(x_adv), y, reduction="none", ignore_index=-1)
 
 
 @dataclass(frozen=True)

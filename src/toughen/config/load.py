@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
+from toughen import models
 from toughen.attacks import PGD, fgsm_rs
 from toughen.config.build import build
-from toughen.data import DataSettings
+from toughen.data import AUGMENTS, DataSettings
 from toughen.engine import EvaluateSettings, ModelSettings, Recipe, TrainSettings
 from toughen.errors import InputError, unknown
 from toughen.methods import Stack, stack
-from toughen.models import MODELS
 from toughen.objectives import METHODS
 from toughen.registry import Registry
 from toughen.types import ThreatModel
@@ -95,7 +95,7 @@ def resolve(document: Mapping[str, Any]) -> Recipe:
     return Recipe(
         description=str(document.get("description", "")),
         model=_model(document["model"]),
-        data=build(DataSettings, document["data"], path="data"),
+        data=_data(document["data"]),
         threat=threat,
         attack=attack,
         method=_stack(document["method"]),
@@ -112,8 +112,19 @@ def _shelf() -> Traversable:
 
 def _model(values: Any) -> ModelSettings:
     settings = build(ModelSettings, values, path="model")
-    _ = MODELS[settings.name]  # an unknown name is refused here, before any data is read
+    models.check_spec(settings.name)  # an unknown name is refused here, before any data is read
     return settings
+
+
+def _data(values: Any) -> DataSettings:
+    """Build the data settings; an augmentation may be given by its name alone."""
+    if isinstance(values, Mapping) and "augment" in values:
+        given = values["augment"]
+        members = given if isinstance(given, list | tuple) else [given]
+        named = [{"name": member} if isinstance(member, str) else member for member in members]
+        built = tuple(_named(AUGMENTS, m, path=f"data.augment.{number}") for number, m in enumerate(named))
+        values = {**values, "augment": built}
+    return build(DataSettings, values, path="data")
 
 
 def _named(registry: Registry[Any], values: Any, *, path: str, **given: Any) -> Any:

@@ -1,15 +1,13 @@
 """``folder:PATH``: image files in a folder for each class, with or without a test set of their own."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from toughen import rng
-from toughen.data.decode import Encoded, decode
-from toughen.data.image_set import ImageSet
+from toughen.data.encoded import EncodedRows, Files
 from toughen.data.settings import DATASETS, DataSettings, Source
 from toughen.errors import InputError
 
@@ -17,14 +15,7 @@ _SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"}
 _TEST_NAMES = ("test", "val", "valid", "validation")
 
 
-class _Files(NamedTuple):
-    """Image files with the labels of their class folders."""
-
-    paths: list[Path]
-    labels: list[int]
-
-
-def read_folder(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
+def read_folder(settings: DataSettings) -> tuple[EncodedRows, EncodedRows]:
     """Read ``PATH/train/CLASS/*`` and ``PATH/test/CLASS/*``, or ``PATH/CLASS/*``.
 
     The test folder may also be called ``val``, ``valid`` or ``validation``. Without ``train``, a fifth of
@@ -32,21 +23,16 @@ def read_folder(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
     shuffled, so that the first few hold all classes.
 
     Raises:
-        InputError: A folder or file that is missing, empty or cannot be decoded; fewer than two
-            classes; classes that differ between train and test.
+        InputError: A folder that is missing or empty; fewer than two classes; classes that differ between
+            train and test.
     """
     assert settings.path is not None  # the settings saw to it
     root = Path(settings.path).expanduser()
     if not root.is_dir():
         raise InputError(f"data folder {root} does not exist, or is not a folder")
     classes, train, test = _with_test_folder(root) if _has_train_folder(root) else _held_out(root)
-
-    paths = train.paths + test.paths
-    # Decoded together: one grey-or-colour decision, and one size, for both.
-    images = decode([Encoded(str(path), path) for path in paths], image_size=settings.image_size)
-    both = ImageSet(images, torch.tensor(train.labels + test.labels), classes)
-    shuffled = torch.randperm(len(test.paths), generator=rng.generator(0, "split", len(classes)))
-    return both.subset(slice(len(train.paths))), both.subset(len(train.paths) + shuffled)
+    shuffled = torch.randperm(sum(map(len, test)), generator=rng.generator(0, "split", len(classes)))
+    return _rows(root, train, classes), _rows(root, test, classes).subset(shuffled)
 
 
 def _has_train_folder(root: Path) -> bool:
@@ -54,38 +40,40 @@ def _has_train_folder(root: Path) -> bool:
     return train.is_dir() and bool(_folders(train))  # without folders inside, it is a class of trains
 
 
-def _with_test_folder(root: Path) -> tuple[tuple[str, ...], _Files, _Files]:
+def _with_test_folder(root: Path) -> tuple[tuple[str, ...], list[list[str]], list[list[str]]]:
+    """Return the class names, and the training and the test files of each, relative to ``root``."""
     test_root = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
     if test_root is None:
         raise InputError(f"{root} has a folder 'train' but none called {', '.join(_TEST_NAMES)}")
-    train, test = _classes(root / "train"), _classes(test_root)
+    train, test = _classes(root, root / "train"), _classes(root, test_root)
     if train.keys() != test.keys():
         name = min(train.keys() ^ test.keys())
         has, lacks = (root / "train", test_root) if name in train else (test_root, root / "train")
         raise InputError(f"classes differ: {has} has the class {name!r}, {lacks} has not")
-    return tuple(train), _labelled(train.values()), _labelled(test.values())
+    return tuple(train), list(train.values()), list(test.values())
 
 
-def _held_out(root: Path) -> tuple[tuple[str, ...], _Files, _Files]:
-    train: list[list[Path]] = []
-    test: list[list[Path]] = []
-    classes = _classes(root)
-    for label, (name, paths) in enumerate(classes.items()):
-        if len(paths) < 2:
+def _held_out(root: Path) -> tuple[tuple[str, ...], list[list[str]], list[list[str]]]:
+    """As ``_with_test_folder``, with a fifth of each class as its test files."""
+    train: list[list[str]] = []
+    test: list[list[str]] = []
+    classes = _classes(root, root)
+    for label, (name, files) in enumerate(classes.items()):
+        if len(files) < 2:
             raise InputError(f"class folder {root / name} has 1 image; at least 2 are needed to hold one out")
-        order = torch.randperm(len(paths), generator=rng.generator(0, "split", label))
-        num_test = max(1, len(paths) // 5)
-        test.append(_at(paths, order[:num_test]))
-        train.append(_at(paths, order[num_test:]))
-    return tuple(classes), _labelled(train), _labelled(test)
+        order = torch.randperm(len(files), generator=rng.generator(0, "split", label)).tolist()
+        num_test = max(1, len(files) // 5)
+        test.append([files[position] for position in order[:num_test]])
+        train.append([files[position] for position in order[num_test:]])
+    return tuple(classes), train, test
 
 
-def _classes(root: Path) -> dict[str, list[Path]]:
-    """Return the image files of each class, classes and files in the order of their names."""
-    classes = {folder.name: _image_files(folder) for folder in _folders(root)}
+def _classes(root: Path, part: Path) -> dict[str, list[str]]:
+    """Return the image files of each class below ``part``, classes and files in the order of their names."""
+    classes = {folder.name: _image_files(root, folder) for folder in _folders(part)}
     if len(classes) < 2:
         found = ", ".join(classes) or "none"
-        raise InputError(f"{root} needs a folder for each of at least 2 classes; found: {found}")
+        raise InputError(f"{part} needs a folder for each of at least 2 classes; found: {found}")
     return classes
 
 
@@ -93,20 +81,17 @@ def _folders(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _image_files(folder: Path) -> list[Path]:
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not paths:
-        raise InputError(f"class folder {folder} has no images ({', '.join(sorted(_SUFFIXES))})")
-    return paths
+def _image_files(root: Path, folder: Path) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in _SUFFIXES)
+    if not names:
+        raise InputError(f"class folder {folder} has no images ({', '.join(sorted(_SUFFIXES))}); fill or remove it")
+    within = folder.relative_to(root)
+    return [str(within / name) for name in names]
 
 
-def _labelled(classes: Iterable[list[Path]]) -> _Files:
-    rows = [(path, label) for label, paths in enumerate(classes) for path in paths]
-    return _Files([path for path, _ in rows], [label for _, label in rows])
-
-
-def _at(paths: list[Path], positions: Tensor) -> list[Path]:
-    return [paths[position] for position in positions.tolist()]
+def _rows(root: Path, files: Sequence[Sequence[str]], classes: tuple[str, ...]) -> EncodedRows:
+    labels = [label for label, of_class in enumerate(files) for _ in of_class]
+    return EncodedRows(Files(root, [name for of_class in files for name in of_class]), torch.tensor(labels), classes)
 
 
 DATASETS.register("folder")(Source(read_folder, path="required"))

@@ -1,10 +1,11 @@
-"""``parquet:PATH`` and ``cifar10``: tables of encoded images, in the layout of the public data set cards."""
+"""``parquet:PATH``: tables of encoded images with their labels, in the layouts of the public data set cards."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -12,150 +13,285 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from toughen.data.decode import Encoded, decode
+from toughen import rng
+from toughen.data.encoded import Blobs, EncodedRows
 from toughen.data.image_set import ImageSet
-from toughen.data.settings import DATASETS, DataSettings, Source
+from toughen.data.mapped import MappedColumn, cached_copy, fits_memory
+from toughen.data.settings import DATASETS, DataSettings, Rows, Source
 from toughen.errors import InputError
 
-CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+TEST_PARTS = ("test", "validation", "valid", "val")
+
+_PART = re.compile(
+    r"(?:(?P<folder>.*)/)?(?P<part>(?:partial-)?(?:train|test|validation|valid|val))(?:[-/][^/]*)?\.parquet"
 )
-_CIFAR10_REPOSITORY = "uoft-cs/cifar10"
-_CIFAR10_FILES = ("plain_text/train-00000-of-00001.parquet", "plain_text/test-00000-of-00001.parquet")
-_IMAGE_COLUMNS = ("img", "image")
+_USUAL_FOLDERS = ("", "data", "default")
+_BATCH = 256  # rows that are rewritten at a time
+
+Some = TypeVar("Some", ImageSet, EncodedRows)
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedRows:
-    """Rows whose images are decoded when they are asked for.
+@dataclass(frozen=True)
+class Table:
+    """What one file holds.
 
     Args:
-        pictures: The encoded images.
+        images: The column of encoded images.
         labels: [N], int64.
-        classes: The classes' names; none if the files do not hold them.
+        label_column: What its column is called.
+        classes: The names of the classes, if the file holds them.
     """
 
-    pictures: list[Encoded]
+    images: Any
     labels: Tensor
+    label_column: str
     classes: tuple[str, ...]
 
-    def __len__(self) -> int:
-        return len(self.pictures)
 
-    def subset(self, index: Tensor | slice) -> ImageSet:
-        """Decode the rows at ``index``, in that order."""
-        rows = torch.arange(len(self))[index]
-        pictures = [self.pictures[row] for row in rows.tolist()]
-        return ImageSet(decode(pictures, image_size=None), self.labels[rows], self.classes)
-
-
-def read_parquet(settings: DataSettings) -> tuple[ImageSet, ImageSet]:
+def read_parquet(settings: DataSettings) -> tuple[EncodedRows, EncodedRows]:
     """Read ``PATH/train-*.parquet`` and ``PATH/test-*.parquet``, rows in the order of the files.
 
-    The columns are ``img`` or ``image`` (encoded bytes, alone or as field ``bytes`` of a struct) and
-    ``label`` (integers from 0). Class names are the card's if the files hold them, else the numbers.
+    The test part may also be called ``validation``, ``valid`` or ``val``; the files may lie in a sub-folder. The
+    columns are ``image`` or ``img`` (encoded bytes, alone or as field ``bytes`` of a struct), and ``label``,
+    ``labels`` or ``fine_label`` (integers from 0). Class names are those of the files, or else the numbers.
 
     Raises:
-        InputError: Missing files or columns, missing values, or images that cannot be decoded.
+        InputError: Missing files, columns or values; labels outside the classes.
     """
     assert settings.path is not None  # the settings saw to it
-    train, test = (_read_files(files) for files in _local_files(settings.path))
-    labels = torch.cat([train.labels, test.labels])
-    classes = train.classes or tuple(str(label) for label in range(int(labels.max()) + 1))
-    # Decoded together: one grey-or-colour decision, and one size, for both.
-    images = decode(train.pictures + test.pictures, image_size=settings.image_size)
-    both = ImageSet(images, labels, classes)
-    return both.subset(slice(len(train))), both.subset(slice(len(train), None))
+    root = data_folder(settings.path)
+    parts = local_parts(root)
+    if parts is None:
+        raise InputError(f"no file train-*.parquet in the data folder {root}, in data/ or in one other sub-folder")
+    return read_tables(*parts)
 
 
-def read_cifar10(settings: DataSettings) -> tuple[EncodedRows, EncodedRows]:
-    """Read CIFAR-10 (50,000 and 10,000 images of 32x32) from ``path``, or download its public card.
+# -- which files --------------------------------------------------------------------------------------
 
-    Decoding all of it takes seconds, and many a run uses a part: only the rows in use are decoded.
+
+def data_folder(path: str) -> Path:
+    """Return the folder at ``path``.
 
     Raises:
-        InputError: As for ``read_parquet``; or the download failed.
+        InputError: There is none.
     """
-    files = _download_cifar10() if settings.path is None else _local_files(settings.path)
-    train, test = (replace(_read_files(part), classes=CIFAR10_CLASSES) for part in files)
-    return train, test
-
-
-def _local_files(path: str) -> tuple[list[Path], list[Path]]:
     root = Path(path).expanduser()
-    files = [sorted(root.glob(f"{part}-*.parquet")) for part in ("train", "test")]
-    for part, found in zip(("train", "test"), files, strict=True):
-        if not found:
-            raise InputError(f"no file {part}-*.parquet in the data folder {root}")
-    return files[0], files[1]
+    if not root.is_dir():
+        raise InputError(f"data folder {root} does not exist, or is not a folder")
+    return root
 
 
-def _download_cifar10() -> tuple[list[Path], list[Path]]:
-    import huggingface_hub  # slow to import, and only this data set needs it
+def local_parts(root: Path, tests: Sequence[str] = TEST_PARTS) -> tuple[list[Path], list[Path]] | None:
+    """Return the training files and the test files below a folder; None if there is no training file.
 
+    Raises:
+        InputError: See ``choose_parts``.
+    """
+    found = [file for depth in ("*", "*/*", "*/*/*") for file in root.glob(f"{depth}.parquet")]
+    parts = choose_parts([file.relative_to(root).as_posix() for file in found], where=str(root), tests=tests)
+    return None if parts is None else ([root / name for name in parts[0]], [root / name for name in parts[1]])
+
+
+def choose_parts(
+    names: Iterable[str], *, where: str, config: str | None = None, tests: Sequence[str] = TEST_PARTS
+) -> tuple[list[str], list[str]] | None:
+    """Choose the training files and the test files among ``[CONFIG/]PART-*.parquet`` and ``[CONFIG/]PART/*.parquet``.
+
+    Args:
+        names: Paths of files, with slashes.
+        where: What they lie in, for errors.
+        config: The folder; None is the top, ``data``, ``default`` or the only one with training files.
+        tests: What the test part may be called; the first that is there is taken.
+
+    Returns:
+        Both lists, sorted; None if there are no training files (in that folder).
+
+    Raises:
+        InputError: Several folders have training files; there is no test part, or only a part of the training rows.
+    """
+    folders: dict[str, dict[str, list[str]]] = {}
+    for name in sorted(names):
+        if match := _PART.fullmatch(name):
+            folders.setdefault(match["folder"] or "", {}).setdefault(match["part"], []).append(name)
+    trained = [folder for folder, parts in folders.items() if parts.keys() & {"train", "partial-train"}]
+    chosen = [folder for folder in _USUAL_FOLDERS if folder in trained][:1] or trained
+    if config is not None:
+        chosen = [folder for folder in trained if folder == config]
+    if not chosen:
+        return None
+    if len(chosen) > 1:
+        raise InputError(f"{where} has training files in {', '.join(chosen)}; choose one of these folders")
+    parts, prefix = folders[chosen[0]], f"{chosen[0]}/".lstrip("/")
+    if "train" not in parts:
+        raise InputError(f"{where} holds only the first rows of the training part ({prefix}partial-train)")
+    test = next((name for name in tests if name in parts), None)
+    if test is None:
+        wanted = " or ".join(f"{prefix}{name}-*.parquet" for name in tests)
+        raise InputError(f"no file {wanted} in the data folder {where}")
+    return parts["train"], parts[test]
+
+
+# -- what they hold -----------------------------------------------------------------------------------
+
+
+def read_tables(
+    train: Sequence[Path], test: Sequence[Path], *, classes: Sequence[str] = (), synonyms: Sequence[str] = ()
+) -> tuple[EncodedRows, EncodedRows]:
+    """Read the rows of the training files and of the test files; a large table stays on the disk.
+
+    Args:
+        train: Parquet files.
+        test: Parquet files.
+        classes: The names in the order of the labels, where that is known.
+        synonyms: Other names of these classes, which the files may hold instead.
+
+    Raises:
+        InputError: A file is broken, or lacks a column or values; labels are outside the classes; a file holds the
+            names of the classes in another order; there are no rows.
+    """
+    files = [*train, *test]
+    in_memory = fits_memory(sum(file.stat().st_size for file in files))
+    tables = {file: read_table(file, in_memory=in_memory) for file in files}
+    names = _class_names(tables, classes, synonyms)
+    for file, table in tables.items():
+        _check_labels(file, table, len(names))
+    train_rows, test_rows = (_rows({file: tables[file] for file in part}, names) for part in (train, test))
+    return train_rows, mixed(test_rows)
+
+
+def read_table(file: Path, *, in_memory: bool) -> Table:
+    """Read one file; unless ``in_memory``, its images are mapped from an uncompressed copy.
+
+    Raises:
+        InputError: The file is broken, or lacks a column or values.
+    """
     try:
-        train, test = (
-            huggingface_hub.hf_hub_download(_CIFAR10_REPOSITORY, name, repo_type="dataset") for name in _CIFAR10_FILES
-        )
-    except Exception as error:  # the hub's, the HTTP client's or the disk's: the way out is the same
-        raise InputError(
-            f"cannot download {_CIFAR10_REPOSITORY} ({type(error).__name__});"
-            " pass data.path=FOLDER, a folder with its train-*.parquet and test-*.parquet"
-        ) from error
-    return [Path(train)], [Path(test)]
-
-
-def _read_files(files: Sequence[Path]) -> EncodedRows:
-    parts = [_read_file(file) for file in files]
-    pictures = [picture for part in parts for picture in part.pictures]
-    if not pictures:
-        raise InputError(f"no rows in {files[0]}")
-    return EncodedRows(pictures, torch.cat([part.labels for part in parts]), parts[0].classes)
-
-
-def _read_file(file: Path) -> EncodedRows:
-    try:
-        table = pq.read_table(file)
+        with pq.ParquetFile(file, pre_buffer=False) as content:  # buffered, all of the file stays in memory twice
+            schema = content.schema_arrow
+            image_column = _column(file, schema, IMAGE_COLUMNS)
+            label_column = _column(file, schema, LABEL_COLUMNS)
+            labels = content.read([label_column]).column(0)
+            if not pa.types.is_integer(labels.type) or labels.null_count:
+                raise InputError(f"{file}: the column {label_column} must hold integers and no missing values")
+            if in_memory:
+                images = _encoded_bytes(content.read([image_column]).column(0), file, image_column)
+            else:
+                images = _mapped(content, file, image_column)
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"cannot read {file} as parquet: {error}") from error
-    image_column = next((name for name in _IMAGE_COLUMNS if name in table.column_names), None)
-    if image_column is None or "label" not in table.column_names:
+    return Table(
+        images, torch.from_numpy(labels.to_numpy().astype("int64")), label_column, _names(schema, label_column)
+    )
+
+
+def mixed(rows: Some) -> Some:
+    """Put test rows that come class by class into a fixed random order, so that the first few hold all classes."""
+    if len(rows) < 2 or bool((rows.labels[1:] < rows.labels[:-1]).any()):
+        return rows
+    return rows.subset(torch.randperm(len(rows), generator=rng.generator(0, "split", 0)))
+
+
+def check_order(found: Sequence[str], classes: Sequence[str], *, where: str) -> None:
+    """Refuse class names in another order than the known one; a few other spellings are let pass.
+
+    (The public card of CIFAR-100 calls the crab "cra".)
+
+    Raises:
+        InputError: Names the first class that is not in its place.
+    """
+    strange = [label for label, pair in enumerate(zip(found, classes, strict=False)) if pair[0] != pair[1]]
+    moved = [label for label in strange if found[label] in classes]
+    if len(found) != len(classes):
+        raise InputError(f"{where} has {len(found)} classes; there should be {len(classes)}, from {classes[0]!r} on")
+    if moved or len(strange) > len(classes) // 10:
+        label = (moved or strange)[0]
         raise InputError(
-            f"{file} has the columns {', '.join(table.column_names)};"
-            f" needed are {' or '.join(_IMAGE_COLUMNS)}, and label"
+            f"{where} calls label {label} {found[label]!r}; it must be {classes[label]!r}: re-order the labels"
         )
-    labels = table.column("label")
-    if not pa.types.is_integer(labels.type) or labels.null_count:
-        raise InputError(f"{file}: the column label must hold integers and no missing values")
-    content = _encoded_bytes(table.column(image_column), file)
-    pictures = [Encoded(f"{file} row {row}", blob) for row, blob in enumerate(content)]
-    return EncodedRows(pictures, torch.tensor(labels.to_pylist(), dtype=torch.int64), _card_classes(table.schema))
 
 
-def _encoded_bytes(column: Any, file: Path) -> list[bytes]:
+def check_counts(rows: tuple[Rows, Rows], expected: tuple[int, int], *, name: str, exactly: bool) -> None:
+    """Refuse other numbers of training and test rows than the published ones; fewer are let pass unless ``exactly``.
+
+    Raises:
+        InputError: Names the numbers.
+    """
+    for part, found, wanted in zip(("training", "test"), map(len, rows), expected, strict=True):
+        if found > wanted or (exactly and found != wanted):
+            raise InputError(f"{name}: found {found:,} {part} images; there should be {wanted:,}: get the files again")
+
+
+def _column(file: Path, schema: Any, allowed: Sequence[str]) -> str:
+    found = [name for name in allowed if name in schema.names]
+    if len(found) != 1:
+        raise InputError(
+            f"{file} has the columns {', '.join(schema.names)}; exactly one of {', '.join(allowed)} is needed"
+        )
+    return found[0]
+
+
+def _encoded_bytes(column: Any, file: Path, name: str) -> Any:
     if pa.types.is_struct(column.type) and column.type.get_field_index("bytes") >= 0:
         column = pc.struct_field(column, "bytes")
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)) or column.null_count:
-        raise InputError(f"{file}: the image column must hold the bytes of image files, none missing")
-    content: list[bytes] = column.to_pylist()
-    return content
+        raise InputError(f"{file}: the column {name} must hold the bytes of image files, none missing")
+    return column
 
 
-def _card_classes(schema: Any) -> tuple[str, ...]:
+def _mapped(content: Any, file: Path, name: str) -> MappedColumn:
+    def write(path: Path) -> None:
+        with pa.ipc.new_file(path, pa.schema([("image", pa.large_binary())])) as sink:
+            for batch in content.iter_batches(_BATCH, columns=[name]):
+                images = _encoded_bytes(batch.column(0), file, name).cast(pa.large_binary())
+                sink.write(pa.record_batch([images], names=["image"]))
+
+    return MappedColumn(cached_copy([file], ".arrow", file.stat().st_size, write))
+
+
+def _names(schema: Any, label_column: str) -> tuple[str, ...]:
     """Return the class names that the ``datasets`` library writes into the schema, or none."""
-    card = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    names = card.get("info", {}).get("features", {}).get("label", {}).get("names")
-    return tuple(names or ())
+    try:
+        card = json.loads((schema.metadata or {}).get(b"huggingface", b""))
+        return tuple(str(name) for name in card["info"]["features"][label_column]["names"])
+    except (ValueError, KeyError, TypeError):
+        return ()
+
+
+def _class_names(tables: dict[Path, Table], classes: Sequence[str], synonyms: Sequence[str]) -> tuple[str, ...]:
+    named = {file: table.classes for file, table in tables.items() if table.classes}
+    if classes:
+        for file, names in named.items():
+            check_order(names, synonyms if names[0] in synonyms else classes, where=str(file))
+        return tuple(classes)
+    if not named:
+        highest = max((int(table.labels.max()) for table in tables.values() if len(table.labels)), default=0)
+        return tuple(str(label) for label in range(min(highest, sum(len(t.labels) for t in tables.values())) + 1))
+    first = next(iter(named))
+    for file, names in named.items():
+        if names != named[first]:
+            raise InputError(f"{first} and {file} name the classes differently; bring them to one order")
+    return named[first]
+
+
+def _check_labels(file: Path, table: Table, num_classes: int) -> None:
+    outside = (table.labels < 0) | (table.labels >= num_classes)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        label = int(table.labels[row])
+        cure = "remove the part that has no labels" if label == -1 else "correct or remove the row"
+        raise InputError(
+            f"{file}: label {label} in row {row} of the column {table.label_column} is outside 0..{num_classes - 1}"
+            f" ({num_classes} classes); {cure}"
+        )
+
+
+def _rows(tables: dict[Path, Table], classes: tuple[str, ...]) -> EncodedRows:
+    labels = torch.cat([table.labels for table in tables.values()])
+    if not len(labels):
+        raise InputError(f"no rows in {next(iter(tables))}")
+    return EncodedRows(Blobs([(str(file), table.images) for file, table in tables.items()]), labels, classes)
 
 
 DATASETS.register("parquet")(Source(read_parquet, path="required"))
-DATASETS.register("cifar10")(Source(read_cifar10, path="optional"))

@@ -3,7 +3,7 @@
 from toughen.engine import checkpoint
 from toughen.engine.device import pick_device
 from toughen.engine.recipe import EvaluateSettings, ModelSettings, Recipe, TrainSettings
-from toughen.engine.trainer import Interrupted, Trainer, check_methods, create_model
+from toughen.engine.trainer import Interrupted, Trainer, check_methods, create_model, training_loader
 
 __all__ = [
     "EvaluateSettings",
@@ -16,4 +16,5 @@ __all__ = [
     "checkpoint",
     "create_model",
     "pick_device",
+    "training_loader",
 ]

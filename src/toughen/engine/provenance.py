@@ -15,7 +15,18 @@ from urllib.request import url2pathname
 
 import torch
 
-PACKAGES = ("toughen", "torch", "numpy", "lightning-fabric", "safetensors", "scikit-learn", "pillow", "pyarrow")
+PACKAGES = (
+    "toughen",
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "lightning-fabric",
+    "safetensors",
+    "scikit-learn",
+    "pillow",
+    "pyarrow",
+)
 
 
 def provenance(*, seed: int, device: torch.device, precision: str) -> dict[str, Any]:

@@ -3,17 +3,18 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from toughen.attacks import PGD
 from toughen.criticality import CriticalityOptions
-from toughen.data import DataSettings
+from toughen.data import AUGMENTS, Augmentation, DataSettings
 from toughen.errors import InputError
 from toughen.evaluation import parse_attack
 from toughen.methods import Stack, Wrapper
 from toughen.objectives import METHODS, Objective
+from toughen.registry import Registry
 from toughen.types import ThreatModel
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -25,12 +26,27 @@ class ModelSettings:
     """Which network.
 
     Args:
-        name: A name of ``toughen list models``.
+        name: A name of ``toughen list models``, or another spec of ``toughen.models.create``.
         width: Channels of the first stage; None is the published network's.
+        pretrained: Start from the weights that the source of the network publishes.
+        weights: Start from this file: safetensors, or a torch checkpoint that holds tensors.
+        classifier: ``"new"`` keeps everything of these weights but a last layer for other classes.
+        mean: Channel means that the network subtracts, in [0, 1]; None is those that belong to its weights, else the
+            training data's.
+        std: Channel standard deviations; None as for ``mean``.
     """
 
     name: str
     width: int | None = None
+    pretrained: bool = False
+    weights: str | None = None
+    classifier: Literal["loaded", "new"] = "loaded"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def anchored(self) -> "ModelSettings":
+        """Return the same settings with absolute paths, so that they mean the same from another folder."""
+        return self if self.weights is None else replace(self, weights=str(Path(self.weights).expanduser().absolute()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,16 +222,17 @@ class Recipe:
         """
         sections: dict[str, Any] = {
             "description": self.description,
-            "model": asdict(self.model),
-            "data": asdict(self.data),
+            "model": asdict(self.model.anchored()),
+            "data": {
+                **asdict(self.data.anchored()),
+                "augment": [_named(member, AUGMENTS) for member in self.data.augmentations],
+            },
             "threat": asdict(self.threat),
             "attack": {"name": "pgd", **{key: v for key, v in asdict(self.attack).items() if key != "threat"}},
-            "method": [_named(method) for method in self.method.methods],
+            "method": [_named(method, METHODS) for method in self.method.methods],
             "train": asdict(self.train),
             "evaluate": asdict(self.evaluate),
         }
-        if self.data.path is not None:
-            sections["data"]["path"] = str(Path(self.data.path).absolute())  # a run may be taken up from elsewhere
         plain: dict[str, Any] = json.loads(json.dumps(sections, default=_refuse))  # tuples become lists
         if self.branches:
             branches = {name: branch.document() for name, branch in self.branches.items()}
@@ -224,9 +241,9 @@ class Recipe:
         return plain
 
 
-def _named(method: Objective | Wrapper) -> dict[str, Any]:
-    settings = {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
-    return {"name": METHODS.name_of(type(method)), **settings}
+def _named(member: Objective | Wrapper | Augmentation, registry: Registry[Any]) -> dict[str, Any]:
+    settings = {f.name: getattr(member, f.name) for f in fields(member)}  # type: ignore[arg-type]
+    return {"name": registry.name_of(type(member)), **settings}
 
 
 def _refuse(value: Any) -> Any:

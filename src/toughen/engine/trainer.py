@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from toughen import data as datasets
 from toughen import models
 from toughen.criticality.selection import Selection
-from toughen.data import DataSplits, DeviceLoader, ImageSet
+from toughen.data import DataSplits, Images, TrainLoader
 from toughen.engine import checkpoint
 from toughen.engine.device import pick_device, pick_precision
 from toughen.engine.flops import flops_per_image
@@ -82,25 +82,19 @@ class Trainer:
     ) -> None:
         self.recipe = recipe
         self.settings = recipe.train
-        self.data = datasets.load(recipe.data) if data is None else data
         self.fabric = Fabric(
             accelerator=pick_device(self.settings.device),
             devices=1,
             precision=pick_precision(self.settings),
         )
         self.device = self.fabric.device
-        self.model = (create_model(recipe.model, self.data, seed=recipe.train.seed) if model is None else model).to(
-            self.device
-        )
+        self.data = datasets.load(recipe.data, device=self.device) if data is None else data
+        if model is None:
+            # a checkpoint brings its own weights, and those that a run began with may be gone by then
+            model = create_model(recipe.model, self.data, seed=recipe.train.seed, start_weights=not resume)
+        self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
-        self.loader = DeviceLoader(
-            self.data.train,
-            batch_size=self.settings.batch_size,
-            device=self.device,
-            seed=self.settings.seed,
-            augment=recipe.data.augment,
-            pad=recipe.data.pad,
-        )
+        self.loader = training_loader(recipe, self.data, self.device)
         self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
         check_methods(recipe, self.model, self.data)
         self.optimizer = make_optimizer(self.model, self.settings)
@@ -226,14 +220,14 @@ class Trainer:
         means = self._means()
         lr = self.optimizer.param_groups[0]["lr"]
         now.epoch, now.step = now.epoch + 1, 0
-        images = self.loader.steps_per_epoch * self.settings.batch_size
         row: dict[str, Any] = {
             "epoch": now.epoch,
             "method": self.recipe.method.label,
             "losses": means,
             "lr": lr,
             "seconds": now.seconds,
-            "images_per_second": images / now.seconds,
+            "images_per_second": self.loader.images_per_epoch / now.seconds,
+            **({"skipped_images": self.loader.skipped} if self.loader.skipped else {}),
             "trainable_share": self._trainable_share(),
             "selected": self.live.selected,
             "gflops_per_image": now.flops / 1e9,
@@ -299,7 +293,7 @@ class Trainer:
                 )
             store(self.folder, results, checkpoint=name, epoch=state["epoch"], images=images)
 
-    def _batches(self, images: ImageSet) -> Iterator[Batch]:
+    def _batches(self, images: Images) -> Iterator[Batch]:
         return datasets.in_order(images, batch_size=self.recipe.test_batch_size, device=self.device)
 
     # -- stopping and resuming --------------------------------------------------------------------
@@ -367,14 +361,48 @@ def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
         member.method.bind(model, attack=member.attack, seed=member.train.seed).check(x)
 
 
-def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0) -> nn.Module:
-    """Build the network for a data set: its classes, its channels, its statistics inside."""
-    return models.create(
+def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0, start_weights: bool = True) -> nn.Module:
+    """Build the network for a data set: its classes, its channels, its statistics inside.
+
+    Args:
+        settings: Which network.
+        data: What it is for.
+        seed: Of the initial weights.
+        start_weights: Whether to load the weights that the settings name; not when a checkpoint follows.
+
+    Raises:
+        InputError: The network cannot be built, its weights do not fit, or it does not take these images.
+    """
+    model = models.create(
         settings.name,
         num_classes=len(data.train.classes),
         width=settings.width,
-        in_channels=data.train.images.shape[1],
-        mean=data.mean,
-        std=data.std,
+        in_channels=data.train.shape[0],
+        image_size=data.train.shape[1],
+        mean=settings.mean,
+        std=settings.std,
+        data_statistics=(data.mean, data.std),
         seed=seed,
+        pretrained=settings.pretrained and start_weights,
+        weights=settings.weights if start_weights else None,
+        classifier=settings.classifier,
+    )
+    models.check_fit(model, image_shape=data.train.shape, num_classes=len(data.train.classes))
+    return model
+
+
+def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str) -> TrainLoader:
+    """Return the training batches of a recipe.
+
+    Raises:
+        InputError: The batch size does not fit the data.
+    """
+    return datasets.train_loader(
+        data,
+        batch_size=recipe.train.batch_size,
+        device=device,
+        seed=recipe.train.seed,
+        augment=recipe.data.augmentations,
+        extra_fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
+        workers=recipe.data.num_workers,
     )

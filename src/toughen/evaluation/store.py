@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from toughen.data import ImageSet
+from toughen.data import Images
 from toughen.evaluation.evaluate import EvalResult
 from toughen.run_folder import RunFolder
 
 
-def store(run: RunFolder, results: Mapping[str, EvalResult], *, checkpoint: str, epoch: int, images: ImageSet) -> None:
+def store(run: RunFolder, results: Mapping[str, EvalResult], *, checkpoint: str, epoch: int, images: Images) -> None:
     """Write the results of a run's checkpoint into its folder.
 
     Args:

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toughen.attacks import Attack, FeatureNorm, FeatureShift, fgsm_rs
@@ -16,6 +15,7 @@ from toughen.errors import InputError, check_choices
 from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers
 from toughen.layers.taps import mode
 from toughen.objectives import METHODS, Live, feature_loss
+from toughen.objectives.cross_entropy import cross_entropy
 from toughen.objectives.feature_loss import LayerGradient
 from toughen.rng import generator, stream_seed
 from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
@@ -271,9 +271,9 @@ class LiveCLAT(Live):
         x, y = (tensor.to(next(self.model.parameters()).device) for tensor in images)
         x_adv = self._feature_perturb(Batch(x, y), generator(self.seed, "lam", device=x.device))
         with torch.no_grad(), mode(self.model, training=False):
-            cross_entropy = F.cross_entropy(self.view(x), y)
+            at_start = cross_entropy(self.view(x), y)
             distance = feature_loss(self.view, x, x_adv, self._names, norm=self.settings.feature_norm)
-        return self.settings.rho * float(cross_entropy) / max(float(distance), 1e-12)
+        return self.settings.rho * float(at_start) / max(float(distance), 1e-12)
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -331,13 +331,13 @@ class LiveCLAT(Live):
             output = self._before().loss(adv.inner)
             base, terms = output.loss, output.terms
         elif settings.base == "adv_ce":
-            base = F.cross_entropy(self.view(adv.x_adv), batch.y)
+            base = cross_entropy(self.view(adv.x_adv), batch.y)
             terms = {"adv_ce": base.detach()}
         else:
             features = self.view.features(batch.x, self._names if self.lam else ())
             assert features.logits is not None
             clean = features.values or None
-            base = F.cross_entropy(features.logits, batch.y)
+            base = cross_entropy(features.logits, batch.y)
             terms = {"clean_ce": base.detach()}
         if self.lam == 0:
             return StepOutput(base, terms)

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from toughen.errors import InputError
+
+# the names under which networks and their weights keep the two statistics
+STATISTICS = (("mean", "std"), ("mu", "sigma"), ("new_mean", "new_std"))
 
 
 class Normalize(nn.Module):
@@ -48,3 +52,31 @@ class Normalize(nn.Module):
     def extra_repr(self) -> str:
         """Show the statistics when the model is printed."""
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}"
+
+
+def normalising_part(network: nn.Module, *, channels: int) -> str | None:
+    """Name the submodule that visibly normalises images, or return None.
+
+    It has a mean and a standard deviation, of one number or one per channel, under a usual pair of names: as buffers,
+    or as plain attributes of a class that has ``Normal`` in its name. Layer and batch norms have neither.
+
+    Args:
+        network: Any network.
+        channels: Of its images.
+    """
+    for name, module in network.named_modules():
+        for pair in STATISTICS:
+            buffers = [dict(module.named_buffers(recurse=False)).get(key) for key in pair]
+            attributes = [getattr(module, key, None) for key in pair] if "Normal" in type(module).__name__ else []
+            if any(values and all(_numbers(v) in (1, channels) for v in values) for values in (buffers, attributes)):
+                return f"{name} ({type(module).__name__})" if name else type(module).__name__
+    return None
+
+
+def _numbers(value: Any) -> int:
+    """Count the numbers in a statistic; 0 is something else."""
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, Sequence) and all(isinstance(v, int | float) for v in value):
+        return len(value)
+    return int(isinstance(value, int | float))

@@ -1,9 +1,14 @@
-"""ResNet-18 (He et al., 2016) with the stem for small images: 3x3, stride 1, no max-pooling.
+"""ResNet-18 and ResNet-50 (He et al., 2016) with the stem for small images: 3x3, stride 1, no max-pooling.
 
 In each block the main path runs before the shortcut, so that the order of execution numbers the 20
-convolutions ``conv1`` 0, ``layer1.0.conv1`` 1, ..., ``layer2.0.conv2`` 6, ``layer2.0.shortcut.0`` 7, ...,
-``layer4.1.conv2`` 19. Attribute names are those of github.com/kuangliu/pytorch-cifar.
+convolutions of ResNet-18 ``conv1`` 0, ``layer1.0.conv1`` 1, ..., ``layer2.0.conv2`` 6, ``layer2.0.shortcut.0`` 7,
+..., ``layer4.1.conv2`` 19, and the 53 of ResNet-50 ``conv1`` 0, ..., ``layer1.0.conv3`` 3, ``layer1.0.shortcut.0`` 4,
+..., ``layer4.2.conv3`` 52. Attribute names are those of github.com/kuangliu/pytorch-cifar.
+
+Beside the stem, it differs from the publication in the stride of a bottleneck, which is that of its 3x3 convolution.
 """
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,16 +21,15 @@ from toughen.models.stages import conv1x1, conv3x3, global_average, init_convolu
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, each with batch norm, beside a shortcut; projected where the shape changes."""
 
+    expansion = 1
+
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv3x3(channels_in, channels_out, stride=stride)
         self.bn1 = nn.BatchNorm2d(channels_out)
         self.conv2 = conv3x3(channels_out, channels_out)
         self.bn2 = nn.BatchNorm2d(channels_out)
-        self.shortcut = nn.Sequential()  # empty: the identity
-        if stride != 1 or channels_in != channels_out:
-            self.shortcut.append(conv1x1(channels_in, channels_out, stride=stride))
-            self.shortcut.append(nn.BatchNorm2d(channels_out))
+        self.shortcut = _shortcut(channels_in, channels_out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, channels_in, H, W] to [B, channels_out, H/stride, W/stride] (rounded up)."""
@@ -34,19 +38,52 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.shortcut(x))
 
 
-class ResNet(nn.Module):
-    """Stem, four stages of two blocks at ``width * (1, 2, 4, 8)`` channels, global average, classifier."""
+class Bottleneck(nn.Module):
+    """A 3x3 convolution between two of 1x1, at a quarter of the channels, beside the shortcut of ``BasicBlock``."""
 
-    def __init__(self, *, num_classes: int, normalize: Normalize, width: int) -> None:
+    expansion = 4
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
+        channels = channels_out // self.expansion
+        self.conv1 = conv1x1(channels_in, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels, stride=stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = conv1x1(channels, channels_out)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.shortcut = _shortcut(channels_in, channels_out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, channels_in, H, W] to [B, channels_out, H/stride, W/stride] (rounded up)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Stem, four stages of blocks at ``width * expansion * (1, 2, 4, 8)`` channels, global average, classifier."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock | Bottleneck],
+        depths: Sequence[int],
+        *,
+        num_classes: int,
+        normalize: Normalize,
+        width: int,
+    ) -> None:
+        super().__init__()
+        wide = width * block.expansion
         self.normalize = normalize
         self.conv1 = conv3x3(normalize.channels, width)
         self.bn1 = nn.BatchNorm2d(width)
-        self.layer1 = stage(BasicBlock, width, width, stride=1)
-        self.layer2 = stage(BasicBlock, width, 2 * width, stride=2)
-        self.layer3 = stage(BasicBlock, 2 * width, 4 * width, stride=2)
-        self.layer4 = stage(BasicBlock, 4 * width, 8 * width, stride=2)
-        self.linear = nn.Linear(8 * width, num_classes)
+        self.layer1 = stage(block, width, wide, stride=1, blocks=depths[0])
+        self.layer2 = stage(block, wide, 2 * wide, stride=2, blocks=depths[1])
+        self.layer3 = stage(block, 2 * wide, 4 * wide, stride=2, blocks=depths[2])
+        self.layer4 = stage(block, 4 * wide, 8 * wide, stride=2, blocks=depths[3])
+        self.linear = nn.Linear(8 * wide, num_classes)
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,4 +97,17 @@ class ResNet(nn.Module):
 @MODELS.register("resnet18")
 def resnet18(*, num_classes: int, normalize: Normalize, width: int = 64) -> ResNet:
     """Build ResNet-18 for small images: 20 convolutions, 11.2 million parameters at width 64."""
-    return ResNet(num_classes=num_classes, normalize=normalize, width=width)
+    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, normalize=normalize, width=width)
+
+
+@MODELS.register("resnet50")
+def resnet50(*, num_classes: int, normalize: Normalize, width: int = 64) -> ResNet:
+    """Build ResNet-50 for small images: 53 convolutions, 23.5 million parameters at width 64."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, normalize=normalize, width=width)
+
+
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+    """Return the identity (an empty sequence), or a projection with batch norm where the shape changes."""
+    if stride == 1 and channels_in == channels_out:
+        return nn.Sequential()
+    return nn.Sequential(conv1x1(channels_in, channels_out, stride=stride), nn.BatchNorm2d(channels_out))

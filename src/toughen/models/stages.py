@@ -1,6 +1,8 @@
 """What the convolutional families share: convolutions, stages of blocks, pooling, initial weights."""
 
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -16,10 +18,16 @@ def conv1x1(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Conv2
 
 
 def stage(
-    block: Callable[[int, int, int], nn.Module], channels_in: int, channels_out: int, *, stride: int
+    block: Callable[[int, int, int], nn.Module], channels_in: int, channels_out: int, *, stride: int, blocks: int = 2
 ) -> nn.Sequential:
-    """Stack two blocks ``block(channels_in, channels_out, stride)``; the first one changes the shape."""
-    return nn.Sequential(block(channels_in, channels_out, stride), block(channels_out, channels_out, 1))
+    """Stack ``blocks`` blocks ``block(channels_in, channels_out, stride)``; the first one changes the shape."""
+    first = block(channels_in, channels_out, stride)
+    return nn.Sequential(first, *(block(channels_out, channels_out, 1) for _ in range(blocks - 1)))
+
+
+def under(name: str, module: nn.Module) -> nn.Sequential:
+    """Hold ``module`` under ``name``: public weight names have a level that computes nothing."""
+    return nn.Sequential(OrderedDict({name: module}))
 
 
 def global_average(features: Tensor) -> Tensor:
@@ -27,11 +35,15 @@ def global_average(features: Tensor) -> Tensor:
     return features.mean(dim=(2, 3))
 
 
-def init_convolutions(model: nn.Module) -> None:
-    """Draw the convolutions' weights after He et al. (2015): normal, variance ``2 / fan_out``.
+def init_convolutions(model: nn.Module, *, fan: Literal["fan_in", "fan_out"] = "fan_out") -> None:
+    """Draw the convolutions' weights after He et al. (2015): normal, variance ``2 / fan``.
 
-    Batch norms start at (1, 0) and the linear classifier as torch draws it.
+    Batch norms start at (1, 0); the linear classifier and biases as torch draws them.
+
+    Args:
+        model: Its ``Conv2d`` modules are drawn, in order of definition.
+        fan: ``"fan_in"`` keeps the size of features from layer to layer, ``"fan_out"`` that of gradients.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from toughen.attacks import Attack
 from toughen.layers import ModelView
+from toughen.objectives.cross_entropy import cross_entropy
 from toughen.objectives.objective import METHODS, Objective
 from toughen.types import AdversarialBatch, Batch, StepOutput
 
@@ -28,5 +28,5 @@ class CleanCE(Objective):
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the cross-entropy of the clean images."""
-        loss = F.cross_entropy(view(adv.batch.x), adv.batch.y)
+        loss = cross_entropy(view(adv.batch.x), adv.batch.y)
         return StepOutput(loss, {"clean_ce": loss.detach()})

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from toughen.attacks import Attack
 from toughen.layers import ModelView
+from toughen.objectives.cross_entropy import cross_entropy
 from toughen.objectives.objective import METHODS, Objective
 from toughen.types import AdversarialBatch, Batch, StepOutput
 
@@ -28,5 +28,5 @@ class PGDAT(Objective):
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the cross-entropy of the perturbed images."""
-        loss = F.cross_entropy(view(adv.x_adv), adv.batch.y)
+        loss = cross_entropy(view(adv.x_adv), adv.batch.y)
         return StepOutput(loss, {"adv_ce": loss.detach()})

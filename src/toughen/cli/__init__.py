@@ -1,0 +1,55 @@
+"""The command line: ``toughen VERB``. Parses, calls the package, prints; results to stdout, progress to stderr."""
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from toughen.cli.console import note
+from toughen.cli.grammar import make_parser
+from toughen.cli.verbs import VERBS
+from toughen.engine import Interrupted
+from toughen.errors import InputError, Notice
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0 done; 2 the user's mistake, told in one line; 130 stopped by Ctrl-C, with the checkpoint written.
+    """
+    try:
+        options, rest = make_parser(VERBS).parse_known_args(arguments)
+        if rest and (options.verb != "train" or any(word.startswith("-") for word in rest)):
+            raise InputError(f"unrecognized arguments: {' '.join(rest)} (see `toughen --help`)")
+        if rest:  # recipe and overrides may stand on both sides of an option
+            options.words += rest
+        with _notices_told():
+            options.run(options)
+    except InputError as error:
+        print(f"toughen: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a vanished mount
+        print(f"toughen: {error}", file=sys.stderr)
+        return 2
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        print(f"toughen: stopped. {stopped}".rstrip(), file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def _notices_told() -> Iterator[None]:
+    """Inside, what the package wants the user to know is one line on standard error."""
+
+    def tell(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, Notice):
+            note(str(message))
+        else:
+            shown(message, category, *place)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        shown, warnings.showwarning = warnings.showwarning, tell  # type: ignore[assignment]
+        yield

@@ -1,0 +1,127 @@
+"""The grammar of the command line: verbs, their options, their help."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import NoReturn
+
+from toughen import __version__
+from toughen.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the mistake, for the caller to print."""
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 8/255") from None
+
+
+def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Parser:
+    """Return the parser; each verb stores its function of ``run`` under ``run``."""
+    parser = Parser(prog="toughen", description="Make image classifiers robust to adversarial examples.")
+    parser.add_argument("--version", action="version", version=f"toughen {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", parser_class=Parser)
+
+    def verb(name: str, text: str, example: str) -> Parser:
+        sub = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.set_defaults(verb=name, run=run[name])
+        return sub
+
+    train = verb(
+        "train",
+        "Train a recipe; then print and plot what came out.",
+        "toughen train digits train.epochs=4 branch_epoch=2",
+    )
+    train.add_argument(
+        "words", nargs="*", metavar="[RECIPE] key.path=value", help="recipe (default: digits) and overrides"
+    )
+    train.add_argument("--resume", metavar="RUN", help="go on with an interrupted run")
+    train.add_argument("--out", metavar="DIR", help="the run folder to make (default: a new one under runs/)")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the resolved recipe and the layer map, train nothing"
+    )
+
+    analyze = verb("analyze", "Measure the criticality of each layer.", "toughen analyze small_cnn --data digits")
+    _add_target(analyze)
+    analyze.add_argument(
+        "--samples", type=int, default=100, help="training images to measure on (default: %(default)s)"
+    )
+    analyze.add_argument("--steps", type=int, default=10, help="PGD steps (default: %(default)s)")
+    analyze.add_argument("--json", metavar="FILE", help="write the report")
+    analyze.add_argument("--plot", metavar="FILE", help="draw the report (.png, .pdf, .svg)")
+    for flag, choices in {
+        "--weakness-norm": ("dim", "rms", "none", "relative"),
+        "--predecessor": ("execution", "graph"),
+        "--first": ("literal", "input_ratio"),
+        "--measure": ("index", "curvature"),
+        "--tapped": ("output", "norm"),
+        "--granularity": ("weights", "leaves", "blocks"),
+    }.items():
+        analyze.add_argument(
+            flag, choices=choices, default=choices[0], help="see CriticalityOptions (default: %(default)s)"
+        )
+    analyze.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layer names to leave out")
+
+    evaluate_ = verb(
+        "evaluate",
+        "Measure clean and attacked accuracy on test images.",
+        "toughen evaluate small_cnn --attacks clean,pgd-20",
+    )
+    _add_target(evaluate_)
+    evaluate_.add_argument("--attacks", default="clean,pgd-20", metavar="NAME,NAME", help="default: %(default)s")
+    evaluate_.add_argument("--samples", type=int, metavar="N", help="first N test images (default: all)")
+    evaluate_.add_argument("--batch-size", type=int, help="(default: the run's, or 250)")
+    evaluate_.add_argument("--json", metavar="FILE", help="write the outcome of every sample")
+
+    compare = verb("compare", "Put runs side by side.", "toughen compare runs/small_cnn-digits")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+
+    list_ = verb("list", "List what there is by name.", "toughen list layers resnet18")
+    list_.add_argument(
+        "what", choices=("models", "datasets", "methods", "attacks", "augmentations", "selectors", "recipes", "layers")
+    )
+    list_.add_argument(
+        "target",
+        nargs="?",
+        metavar="MODEL",
+        help="for layers: as in analyze; for models: a pattern such as 'timm/vit_*'",
+    )
+    _add_target_options(list_)
+    return parser
+
+
+def _add_target(parser: Parser) -> None:
+    parser.add_argument("target", metavar="TARGET", help="a run folder, a weights file with --model, or a model spec")
+    _add_target_options(parser)
+
+
+def _add_target_options(parser: Parser) -> None:
+    parser.add_argument("--model", metavar="SPEC", help="the model of a weights file")
+    parser.add_argument("--pretrained", action="store_true", help="with the weights that the model's source publishes")
+    parser.add_argument("--width", type=int, help="channels of the model's first stage")
+    parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run (default: last)")
+    parser.add_argument(
+        "--data",
+        metavar="SPEC",
+        help="digits, cifar10:PATH, folder:PATH, parquet:PATH, hf:NAME, ... (default: the run's, or digits)",
+    )
+    parser.add_argument("--image-size", type=int, help="resize the images of --data")
+    parser.add_argument("--norm", choices=("linf", "l2"), help="of the threat model (default: the run's, or linf)")
+    parser.add_argument("--eps", type=_number, help="its radius in [0, 1] pixel units (default: the run's, or 8/255)")
+    parser.add_argument("--step-size", type=_number, help="of PGD (default: the run's, or eps/4)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="of random starts (default: the run's, or 0)")

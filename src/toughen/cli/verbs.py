@@ -1,0 +1,196 @@
+"""The verbs of the command line. Each calls the package and prints what came out."""
+
+import argparse
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+from torch import nn
+
+from toughen import data, models
+from toughen.attacks import PGD
+from toughen.cli.console import err, note, out
+from toughen.cli.target import check_samples, find_target
+from toughen.config import ATTACKS, load_recipe, recipe_names, resolve
+from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
+from toughen.criticality.selection import SELECTORS
+from toughen.data import AUGMENTS, DATASETS, DataSplits
+from toughen.engine import Interrupted, Trainer, check_methods, create_model, training_loader
+from toughen.engine.progress import sample_progress
+from toughen.errors import InputError
+from toughen.evaluation import attack_names, evaluate, parse_attack, store
+from toughen.layers import map_layers
+from toughen.objectives import METHODS
+from toughen.report import comparison_table, plot_criticality, plot_report, plot_training
+from toughen.run_folder import RunFolder, write_text
+
+
+def _train(options: argparse.Namespace) -> None:
+    words: list[str] = options.words
+    if options.resume:
+        if words or options.out:
+            raise InputError("--resume takes everything from the run folder: give no recipe, override or --out with it")
+        run = RunFolder.open(Path(options.resume))
+        if run.finished:
+            raise InputError(f"run {options.resume} is finished; see it with `toughen compare {options.resume}`")
+        recipe = resolve(run.config())
+    else:
+        named = words[:1] if words and "=" not in words[0] else []
+        recipe = load_recipe(named[0] if named else "digits", words[len(named) :])
+    if options.dry_run:
+        splits = data.load(recipe.data)
+        model = create_model(recipe.model, splits)
+        check_methods(recipe, model, splits)
+        for member in (recipe, *recipe.branches.values()):
+            training_loader(member, splits, "cpu")
+        print(yaml.safe_dump(recipe.document(), sort_keys=False))
+        _print_layers(model, splits)
+        return
+    trainer = Trainer(recipe, out=options.resume or options.out, resume=bool(options.resume))
+    err.print(f"run folder: {trainer.folder.path}", highlight=False, soft_wrap=True)
+    for line in trainer.data.notes:
+        note(line)
+    try:
+        run = trainer.fit()
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted(f"Continue with: toughen train --resume {trainer.folder.path}") from None
+    _show(run)
+
+
+def _show(run: RunFolder) -> None:
+    """Print the tables of a finished run, and save its plots into its folder."""
+    for member in (run, *run.branches()):
+        for epoch, content in list(member.reports().items())[-1:]:
+            title = f"{member.path.name}: selection after {epoch} epochs (* selected)"
+            out.print(CriticalityReport.from_dict(content).table(title=title, selected=content["selected"]))
+        if member.reports():
+            plot_criticality(member, member.path / "criticality.png")
+    plot_training(run, run.path / "training.png")
+    out.print(comparison_table([run]))
+    plots = ", ".join(sorted(str(file) for file in run.path.rglob("*.png")))
+    err.print(f"plots: {plots}", highlight=False, soft_wrap=True)
+
+
+def _analyze(options: argparse.Namespace) -> None:
+    _check_output(options.json)
+    _check_output(options.plot, ".png", ".pdf", ".svg")
+    target = find_target(options)
+    criticality = CriticalityOptions(
+        norm=options.weakness_norm,
+        predecessor=options.predecessor,
+        first=options.first,
+        measure=options.measure,
+        tapped=options.tapped,
+        granularity=options.granularity,
+        exclude=tuple(options.exclude),
+    )
+    check_samples(options.samples, len(target.splits.train), "training")
+    images = data.probe(
+        target.splits.train, count=options.samples, seed=target.seed, position=0, device="cpu", batch_size=50
+    )
+    attack = PGD(target.threat, step_size=target.step_size, steps=options.steps)
+    report = analyze(target.model, images, attack, options=criticality, seed=target.seed)
+    target.say_remark()
+    out.print(report.table(title=f"criticality of {options.target}, {target.splits.name}"))
+    for line in report.notes:
+        print(f"note: {line}")
+    if options.json:
+        _write(options.json, report.to_json())
+    if options.plot:
+        try:
+            plot_report(report.to_dict(), Path(options.plot))
+        except (OSError, ValueError) as error:
+            raise InputError(f"can't write plot {options.plot}: {error}") from None
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    _check_output(options.json)
+    target = find_target(options)
+    names = options.attacks.split(",")
+    attacks = [parse_attack(name, threat=target.threat, step_size=target.step_size) for name in names]
+    images = target.splits.test
+    samples = options.samples
+    if samples is None and target.run is not None and options.data is None:
+        samples = target.run.config()["evaluate"]["samples"]
+    if samples is not None:
+        check_samples(samples, len(images), "test")
+        images = images.subset(slice(samples))
+    batch_size = target.batch_size if options.batch_size is None else options.batch_size
+    with sample_progress(len(images)) as progress:
+        batches = data.in_order(images, batch_size=batch_size, device="cpu")
+        results = evaluate(target.model, batches, attacks, seed=target.seed, progress=progress)
+    changed = ("data", "samples", "eps", "norm", "step_size", "seed", "batch_size")
+    if target.run is not None and all(getattr(options, name) is None for name in changed):
+        # measured otherwise, it must not replace the run's own results
+        store(target.run, results, checkpoint=options.checkpoint or "last", epoch=target.epoch, images=images)
+    target.say_remark()
+    threat = f"{target.threat.norm} eps {target.threat.eps:.4g}, step size {target.step_size:.4g}"
+    out.print(f"{options.target}, {len(images)} test images of {target.splits.name}, {threat}:", highlight=False)
+    table = Table("attack", "accuracy")
+    for result in results.values():
+        table.add_row(result.attack, f"{100 * result.accuracy:.2f} %")
+    out.print(table)
+    if options.json:
+        _write(options.json, json.dumps({name: result.to_dict() for name, result in results.items()}))
+
+
+def _compare(options: argparse.Namespace) -> None:
+    out.print(comparison_table([RunFolder.open(Path(run)) for run in options.runs]))
+
+
+def _list(options: argparse.Namespace) -> None:
+    if options.what == "layers":
+        if options.target is None:
+            raise InputError("list layers needs a model: toughen list layers MODEL, for example resnet18")
+        target = find_target(options)
+        _print_layers(target.model, target.splits)
+    elif options.what == "recipes":
+        for name, description in recipe_names().items():
+            print(f"{name:<28} {description}")
+    else:
+        names: dict[str, Iterable[str]] = {
+            "models": models.model_names(options.target),
+            "datasets": DATASETS,
+            "methods": METHODS,
+            "attacks": (*ATTACKS, *attack_names()),
+            "augmentations": AUGMENTS,
+            "selectors": SELECTORS,
+        }
+        print("\n".join(names[options.what]))
+
+
+def _print_layers(model: nn.Module, splits: DataSplits) -> None:
+    example = next(data.in_order(splits.train, batch_size=1, device=next(model.parameters()).device)).x
+    layers = map_layers(model, example)
+    table = Table(title=f"layers of {type(model).__name__} on {splits.name}, in order of execution")
+    for title in ("layer", "name", "parameters", "features", "calls"):
+        table.add_column(title, justify="left" if title == "name" else "right")
+    for layer in layers:
+        index = "classifier" if layer.classifier else str(layer.index)
+        table.add_row(index, layer.name, str(layer.num_parameters), str(layer.num_features), str(layer.num_calls))
+    out.print(table)
+    for line in layers.notes():
+        print(f"note: {line}")
+
+
+def _check_output(file: str | None, *suffixes: str) -> None:
+    """Refuse a file that could not be written, before the work that would fill it."""
+    if file is None:
+        return
+    path = Path(file)
+    if not path.parent.is_dir():
+        raise InputError(f"can't write {file}: there is no folder {path.parent}")
+    if suffixes and path.suffix not in suffixes:
+        raise InputError(f"can't write {file}: its name must end in {', '.join(suffixes)}")
+
+
+def _write(file: str, text: str) -> None:
+    try:
+        write_text(Path(file), text + "\n")
+    except OSError as error:
+        raise InputError(f"can't write {file}: {error.strerror}") from None
+
+
+VERBS = {"train": _train, "analyze": _analyze, "evaluate": _evaluate, "compare": _compare, "list": _list}

@@ -1,0 +1,200 @@
+"""Images of the user's own: any map-style ``torch.utils.data.Dataset``, or a ``DataLoader`` over one."""
+
+import random
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data.dataloader import default_collate
+
+from toughen import rng
+from toughen.data.augment import ResizedCrop
+from toughen.data.decode import Pixels
+from toughen.data.image_set import DataSplits, Images, ImageSet, check_labels
+from toughen.data.splits import stratified_order
+from toughen.data.stream import StreamedSet
+from toughen.errors import InputError
+
+TorchImages = Dataset[Any] | DataLoader[Any]
+_LOOKS = 32  # images that are read twice to see whether a data set varies them: a coin per image hides from 2^-32
+
+
+@dataclass(frozen=True)
+class DatasetReader:
+    """Reads items ``(image, label)`` of a data set.
+
+    Args:
+        dataset: An image is a PIL image, a uint8 tensor [C, H, W], a float one in [0, 1] (rounded to the 256 levels),
+            or a uint8 array [H, W, C] or [H, W].
+    """
+
+    dataset: Any
+    threads: int | None = 1  # a data set of somebody else's may hold an open file
+
+    def read(self, row: int) -> Pixels:
+        """See ``Reader.read``; what the data set draws at random depends on the row alone."""
+        return self.read_for_training(row, None, rng.stream_seed(0, "decode", row))
+
+    def read_for_training(self, row: int, crop: ResizedCrop | None, seed: int) -> Pixels:
+        """See ``Reader.read_for_training``: what the data set draws at random is fixed by ``seed``."""
+        if crop is not None:
+            raise InputError("resized_crop is taken from a picture before it is decoded; let your data set crop itself")
+        with torch.random.fork_rng(devices=[]), _Seeded(seed):
+            image = self.dataset[row][0]
+        return _pixels(image, row)
+
+
+def from_torch(
+    train: TorchImages,
+    test: TorchImages,
+    *,
+    validation: TorchImages | int = 1000,
+    classes: tuple[str, ...] | None = None,
+    name: str = "data",
+    storage: Literal["auto", "resident", "streamed"] = "auto",
+    split_seed: int = 0,
+) -> DataSplits:
+    """Take images from data sets of your own, for ``Trainer(recipe, data=...)``.
+
+    Images that the data set varies at random are read anew in each epoch, from worker processes, and the random
+    numbers of torch, numpy and ``random`` are set for each image, so that a run can be repeated and resumed.
+
+    Args:
+        train: Items ``(image, label)``: see ``DatasetReader`` for what an image may be. Of a ``DataLoader`` the data
+            set is used; its batches, order and workers are not.
+        test: As ``train``.
+        validation: As ``train``; or how many training images to hold out, classes in their shares.
+        classes: Names in the order of the labels; None takes the data set's ``classes``, or the numbers.
+        name: For tables and messages.
+        storage: ``"resident"`` reads everything once; ``"auto"`` does so unless reading an image twice gives
+            two different ones.
+        split_seed: Of the held-out images.
+
+    Raises:
+        InputError: The data set has no length, an item has another form, or an image has NaN or is out of range.
+    """
+    sources = {"train": _dataset(train), "test": _dataset(test)}
+    if not isinstance(validation, int):
+        sources["validation"] = _dataset(validation)
+    labels = {part: _labels(dataset) for part, dataset in sources.items()}
+    names = classes or tuple(getattr(sources["train"], "classes", ()))
+    names = tuple(map(str, names)) or tuple(str(c) for c in range(max(int(y.max()) for y in labels.values()) + 1))
+    sets: dict[str, Images] = {
+        part: _images(dataset, labels[part], names, storage) for part, dataset in sources.items()
+    }
+    if isinstance(validation, int):
+        whole = sets["train"]
+        if not 1 <= validation < len(whole):
+            raise InputError(f"validation is {validation}; with {len(whole)} images it must be 1..{len(whole) - 1}")
+        order = stratified_order(whole.labels, rng.generator(split_seed, "split"))
+        sets["validation"], sets["train"] = whole.subset(order[:validation]), whole.subset(order[validation:])
+    return DataSplits(name, sets["train"], sets["validation"], sets["test"])
+
+
+def _dataset(given: TorchImages) -> Any:
+    dataset = given
+    if isinstance(given, DataLoader):
+        dataset = given.dataset
+        if not isinstance(given.sampler, RandomSampler | SequentialSampler) or given.collate_fn is not default_collate:
+            raise InputError(
+                "a DataLoader with a sampler or collate_fn of its own cannot be used: toughen draws the order itself,"
+                " so that runs can resume; pass the data set"
+            )
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+        raise InputError(
+            f"{type(dataset).__name__} has no length or positions;"
+            " a map-style Dataset (__len__ and __getitem__) is needed"
+        )
+    if not len(dataset):
+        raise InputError(f"{type(dataset).__name__} is empty")
+    return dataset
+
+
+def _labels(dataset: Any) -> Tensor:
+    """Return the labels [N] from the attribute that torchvision's data sets have, or by reading every item."""
+    if isinstance(dataset, Subset):
+        return _labels(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    values = getattr(dataset, "targets", None)
+    if values is None or len(values) != len(dataset):
+        values = [_label(dataset, row) for row in range(len(dataset))]
+    labels = torch.as_tensor(values)
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise InputError(f"labels are {labels.dtype} of shape {list(labels.shape)}; they must be one integer per image")
+    return labels.to(torch.int64)
+
+
+def _label(dataset: Any, row: int) -> int:
+    item = dataset[row]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise InputError(
+            f"item {row} of {type(dataset).__name__} is a {type(item).__name__}; it must be (image, label)"
+        )
+    return int(item[1])
+
+
+def _images(dataset: Any, labels: Tensor, classes: tuple[str, ...], storage: str) -> Images:
+    check_labels(labels, classes)
+    reader = DatasetReader(dataset)
+    height, width, channels = reader.read(0).shape
+    streamed = StreamedSet(reader, torch.arange(len(labels)), labels, classes, (channels, height, width))
+    if storage == "streamed" or (storage == "auto" and _varies(reader, len(labels))):
+        return streamed
+    return ImageSet(streamed.take(torch.arange(len(labels))).images, labels, classes)
+
+
+def _varies(reader: DatasetReader, num_images: int) -> bool:
+    rows = range(min(_LOOKS, num_images))
+
+    def read(row: int, again: int) -> Pixels:
+        return reader.read_for_training(row, None, seed=2 * row + again)
+
+    return any(not np.array_equal(read(row, 0), read(row, 1)) for row in rows)
+
+
+class _Seeded:
+    """Inside, torch, numpy and ``random`` draw from the seed; numpy and ``random`` go on as before afterwards."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.before = random.getstate(), np.random.get_state()
+        torch.default_generator.manual_seed(self.seed)
+        random.seed(self.seed)
+        np.random.seed(self.seed % 2**32)
+
+    def __exit__(self, *_: object) -> None:
+        random.setstate(self.before[0])
+        np.random.set_state(self.before[1])
+
+
+def _pixels(image: Any, row: int) -> Pixels:
+    if isinstance(image, Image.Image):
+        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    if isinstance(image, Tensor):
+        image = _levels(image, row).permute(1, 2, 0).numpy()
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
+        raise InputError(
+            f"image {row} is a {type(image).__name__}; it must be a PIL image, a tensor [C, H, W] (uint8, or float in"
+            " [0, 1]), or a uint8 array [H, W, C]"
+        )
+    return image.reshape(*image.shape[:2], -1)
+
+
+def _levels(image: Tensor, row: int) -> Tensor:
+    if image.ndim != 3:
+        raise InputError(f"image {row} has the shape {list(image.shape)}; it must be [C, H, W]")
+    if image.dtype == torch.uint8:
+        return image
+    if not bool(torch.isfinite(image).all()):
+        raise InputError(f"image {row} has NaN or infinite pixels; clean the data first")
+    if float(image.min()) < 0 or float(image.max()) > 1:
+        raise InputError(
+            f"image {row} ranges from {float(image.min()):.4g} to {float(image.max()):.4g}, outside [0, 1];"
+            " leave normalisation (mean, std) out of the data set, since it belongs inside the model"
+        )
+    return (image * 255).round().to(torch.uint8)

@@ -1,0 +1,124 @@
+"""Files of weights, read without running code of theirs: safetensors and torch checkpoints. Knows nothing of models."""
+
+import argparse
+import pathlib
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from toughen.errors import InputError
+
+# What training scripts put beside the weights: numpy's numbers and arrays, argparse's settings, paths. torch's
+# restricted unpickler may call these and set their state, with plain data only, so each must be unable to run code
+# whatever it is given. numpy's build a number or an array from bytes and a type code, in C; an array of objects
+# holds objects that have passed the unpickler. Namespace only keeps attributes. Pure paths only join text.
+# The second of a pair is the name in the file: numpy 1 and Python 3.13 have other modules for the same thing.
+_scalar = cast(tuple[Callable[..., Any]], np.float64(0).__reduce__())[0]
+_array = cast(tuple[Callable[..., Any]], np.zeros(0).__reduce__())[0]
+HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    argparse.Namespace,
+    np.dtype,
+    np.ndarray,
+    *{type(np.dtype(code)) for code in np.typecodes["All"]},
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+    (_array, "numpy.core.multiarray._reconstruct"),
+    (_array, "numpy._core.multiarray._reconstruct"),
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
+    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
+    (pathlib.PureWindowsPath, "pathlib._local.WindowsPath"),
+]
+
+
+def read_weights(file: str | Path) -> dict[str, Tensor]:
+    """Read every named tensor of a safetensors or torch file, without running code of the file.
+
+    Args:
+        file: A torch file may hold tensors in nested mappings beside plain values, numpy numbers and arrays, settings
+            of argparse, and paths.
+
+    Returns:
+        The tensors, on the CPU. A tensor of a nested mapping has the keys that lead there before its own name, each
+        followed by a slash: ``state_dict/conv1.weight``.
+
+    Raises:
+        InputError: The file is missing, damaged, something else, or needs a class that could run code.
+
+    Example:
+        >>> list(read_weights("checkpoint.pt"))  # doctest: +SKIP
+        ['state_dict/conv1.weight', ..., 'optimizer/state/0/momentum_buffer']
+    """
+    path = Path(file)
+    if path.is_dir():
+        raise InputError(f"{file} is a folder; give the weights file inside it")
+    if not path.is_file():
+        raise InputError(f"no weights file {file}")
+    with path.open("rb") as stream:
+        start = stream.read(64)
+    safetensors = start[8:9] == b"{"  # its header is JSON, behind eight bytes that tell its length
+    if reason := _no_weights(start):
+        raise InputError(f"weights file {file} {reason}")
+    if path.suffix == ".safetensors" and not safetensors:  # torch would trust the name
+        raise InputError(f"weights file {file} is damaged, or not safetensors; if it is a torch file, rename it to .pt")
+    try:
+        document = load_file(path) if safetensors else _load_torch(path, zipped=start.startswith(b"PK"))
+        tensors = dict(_tensors(document, "", set()))
+    except UnpicklingError as error:
+        raise InputError(f"weights file {file} {_refusal(error)}") from None
+    except Exception as error:  # the readers of a damaged file raise whatever they stumble over
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"weights file {file} is damaged, or no weights file: {reason}") from None
+    if not tensors:
+        raise InputError(f"weights file {file} holds no named tensors, only a {type(document).__name__}")
+    return tensors
+
+
+def _no_weights(start: bytes) -> str | None:
+    """Recognise what is often saved in the place of weights, by its first bytes."""
+    if not start:
+        return "is empty"
+    if start.lstrip()[:1] == b"<":
+        return "is a web page, not weights; its download needs a login or a confirmation"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not weights; fetch them with 'git lfs pull'"
+    return None
+
+
+def _load_torch(path: Path, *, zipped: bool) -> Any:
+    with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of old formats, which it then reads or refuses all the same
+        # mapped, so that the optimizer's state beside the weights is never read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _tensors(document: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(document, Mapping) or id(document) in seen:  # a mapping can hold itself
+        return
+    seen.add(id(document))
+    for key, value in document.items():
+        if isinstance(value, Tensor):
+            # a hostile or half-written file can hold tensors without data
+            if value.device.type == "cpu" and value.layout is torch.strided and not value.is_quantized:
+                yield f"{path}{key}", value.detach()
+        else:
+            yield from _tensors(value, f"{path}{key}/", seen)
+
+
+def _refusal(error: UnpicklingError) -> str:
+    message = str(error)
+    if needed := re.search(r"GLOBAL (\S+)", message):
+        return (
+            f"needs {needed[1]} to be unpickled, which may run code; where you trust the file, load it yourself and"
+            " save torch.save(model.state_dict(), FILE), or safetensors"
+        )
+    reason = message.rpartition("WeightsUnpickler error: ")[2].splitlines()[0]
+    return f"is damaged, or a pickle that cannot be read without running it: {reason}"

@@ -1,0 +1,114 @@
+"""Training runs on every way that images can come: streamed, mixed with extra ones, from the user's own code."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+from small_runs import clat, log, outcome, recipe, resume
+from toughen import data
+from toughen.data import StreamedSet
+from toughen.engine import Trainer, create_model
+from toughen.run_folder import RunFolder
+
+
+class PowerCutError(Exception):
+    """What stops a run from inside."""
+
+
+def pictures(root: Path, *, size: int = 10) -> Path:
+    """Two classes that differ in brightness, 30 training and 10 test images each."""
+    draws = np.random.default_rng(0)
+    for part, count in (("train", 30), ("test", 10)):
+        for label, name in enumerate(("dark", "light")):
+            (root / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = draws.integers(0, 128, (size, size, 3), dtype=np.uint8) + np.uint8(100 * label)
+                Image.fromarray(pixels).save(root / part / name / f"{number:02}.png")
+    return root
+
+
+def generated(file: Path, *, count: int = 40) -> Path:
+    labels = np.arange(count) % 3 - 1  # -1, 0, 1
+    np.savez(file, image=np.random.default_rng(1).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8), label=labels)
+    return file
+
+
+def sections(tmp_path: Path, kind: str) -> dict[str, Any]:
+    settings = {"name": f"folder:{pictures(tmp_path / 'pictures')}", "image_size": 8, "validation": 10}
+    settings |= {"train_samples": None, "test_samples": None}
+    if kind == "streamed":
+        settings |= {"storage": "streamed", "workers": 1, "augment": ["resized_crop", "flip"]}
+    if kind == "mixed":
+        settings |= {"extra": {"path": str(generated(tmp_path / "extra.npz")), "fraction": 0.5}}
+    train = {"epochs": 3, "batch_size": 10, "checkpoint_steps": 1}
+    return {"data": settings, "train": train, **clat(start_epoch=1, every=1)}
+
+
+@pytest.mark.parametrize("kind", ["resident", "streamed", "mixed"])
+def test_a_run_cut_inside_an_epoch_ends_as_if_it_had_not_been(tmp_path: Path, kind: str) -> None:
+    wanted = recipe(**sections(tmp_path, kind))
+    total = 0
+
+    def count(*_: object) -> None:
+        nonlocal total
+        total += 1
+        if total == limit:
+            raise PowerCutError
+
+    limit = 0
+    model = create_model(wanted.model, data.load(wanted.data))
+    model.register_forward_hook(count)
+    run = Trainer(wanted, out=tmp_path / "whole", model=model).fit()
+
+    total, limit = 0, int(0.6 * total)
+    model = create_model(wanted.model, data.load(wanted.data))
+    model.register_forward_hook(count)
+    with pytest.raises(PowerCutError):
+        Trainer(wanted, out=tmp_path / "run", model=model).fit()
+    assert not RunFolder(tmp_path / "run").finished
+    assert outcome(resume(tmp_path / "run")) == outcome(run)
+
+
+def test_skipped_images_are_counted_in_the_log(tmp_path: Path) -> None:
+    changes = sections(tmp_path, "streamed")
+    (tmp_path / "pictures" / "train" / "dark" / "07.png").write_bytes(b"broken")
+    changes["data"] |= {"on_error": "skip", "validation": 1}
+    changes["train"] |= {"batch_size": 59}
+    run = Trainer(recipe(**changes), out=tmp_path / "run").fit()
+    skipped = [row.get("skipped_images", 0) for row in log(run)]
+    assert skipped[-1] in (0, 3)  # 0 if it is the one validation image, which is seen by name in no epoch
+    assert skipped == sorted(skipped)
+
+
+def test_a_data_set_from_python_trains_by_a_recipe(tmp_path: Path) -> None:
+    x, y = torch.rand(60, 3, 8, 8), torch.arange(60) % 3
+    splits = data.from_torch(TensorDataset(x, y), TensorDataset(x[:9], y[:9]), validation=6, name="mine")
+    run = Trainer(recipe(train={"epochs": 1, "batch_size": 9}), out=tmp_path / "run", data=splits).fit()
+    assert run.log()[0]["validation"]["n"] == 6
+
+
+def test_a_run_that_began_from_a_file_needs_it_no_more(tmp_path: Path) -> None:
+    wanted = recipe()
+    start = create_model(wanted.model, data.load(wanted.data), seed=5)
+    torch.save({"state_dict": start.state_dict()}, tmp_path / "start.pt")
+    run = Trainer(
+        recipe(model={"weights": str(tmp_path / "start.pt")}, train={"epochs": 1, "lr": 0.0}), out=tmp_path / "run"
+    ).fit()
+    weights = run.config()["model"]["weights"]
+    assert weights == str(tmp_path / "start.pt")
+    Path(weights).unlink()
+    trainer = Trainer(recipe(model={"weights": weights}), out=tmp_path / "run", resume=True)
+    frozen = dict(start.named_parameters())
+    assert all(torch.equal(value, frozen[name]) for name, value in trainer.model.named_parameters())
+
+
+def test_images_that_do_not_fit_in_memory_stream_by_themselves(tmp_path: Path) -> None:
+    changes = sections(tmp_path, "resident")
+    changes["data"] |= {"resident_share": 1e-9, "workers": 0}
+    trainer = Trainer(recipe(**changes), out=tmp_path / "run")
+    assert isinstance(trainer.data.train, StreamedSet)
