@@ -89,6 +89,13 @@ def test_the_order_is_random_within_its_classes() -> None:
     assert not torch.equal(first, torch.arange(50))
 
 
+def test_the_middle_can_be_cut_out_of_images_in_memory() -> None:
+    whole, middle = (load(DataSettings(validation=100, image_size=4, center=center)) for center in (1.0, 0.5))
+    plain = load(DataSettings(validation=100))
+    assert torch.equal(middle.test.images, plain.test.images[:, :, 2:6, 2:6])
+    assert not torch.equal(middle.test.images, whole.test.images)
+
+
 def test_image_size_resizes_every_part() -> None:
     splits = load(DataSettings(validation=100, image_size=4))
     assert {part.images.shape[1:] for part in (splits.train, splits.validation, splits.test)} == {(1, 4, 4)}
@@ -105,9 +112,13 @@ def test_image_size_resizes_every_part() -> None:
             DataSettings(validation=1000, train_samples=199),
             "data.validation=1000 and data.train_samples=199 do not fit in the 1198 training images of 'digits'",
         ),
+        (
+            DataSettings(storage="streamed"),
+            "'streamed', and 'digits' comes as a whole in memory; leave data.storage out",
+        ),
         (DataSettings(test_samples=600), "data.test_samples=600, but 'digits' has 599 test images"),
     ],
 )
-def test_more_images_than_there_are_is_an_error_with_the_numbers(settings: DataSettings, message: str) -> None:
+def test_what_the_digits_do_not_have_is_an_error_with_the_numbers(settings: DataSettings, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load(settings)

@@ -7,7 +7,7 @@ import torch
 
 from toughen import rng
 from toughen.data.encoded import EncodedRows, Files
-from toughen.data.folder import _SUFFIXES, _image_files
+from toughen.data.folder import SUFFIXES, image_files
 from toughen.errors import InputError
 
 
@@ -35,7 +35,7 @@ def _read_part(root: Path, part: str, folders: Sequence[str], classes: Sequence[
         raise InputError(f"the data folder {root} has no folder {part!r}")
     entries = [entry for entry in place.iterdir() if not entry.name.startswith(".")]
     found = {entry.name for entry in entries if entry.is_dir()}
-    if not found and any(entry.suffix.lower() in _SUFFIXES for entry in entries):
+    if not found and any(entry.suffix.lower() in SUFFIXES for entry in entries):
         raise InputError(f"{place} holds images but no class folders; sort them into {folders[0]}, {folders[1]}, ...")
     if missing := [name for name in folders if name not in found]:
         raise InputError(
@@ -44,7 +44,7 @@ def _read_part(root: Path, part: str, folders: Sequence[str], classes: Sequence[
         )
     if strange := sorted(found.difference(folders)):
         raise InputError(f"{place} has the folder {strange[0]}, which is none of the {len(folders)} classes; remove it")
-    files = [_image_files(root, place / name) for name in folders]
+    files = [image_files(root, place / name) for name in folders]
     labels = [label for label, of_class in enumerate(files) for _ in of_class]
     names = [name for of_class in files for name in of_class]
     return EncodedRows(Files(root, names), torch.tensor(labels), tuple(classes))

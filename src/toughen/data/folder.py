@@ -11,7 +11,7 @@ from toughen.data.encoded import EncodedRows, Files
 from toughen.data.settings import DATASETS, DataSettings, Source
 from toughen.errors import InputError
 
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"}
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".webp"}
 _TEST_NAMES = ("test", "val", "valid", "validation")
 
 
@@ -70,7 +70,7 @@ def _held_out(root: Path) -> tuple[tuple[str, ...], list[list[str]], list[list[s
 
 def _classes(root: Path, part: Path) -> dict[str, list[str]]:
     """Return the image files of each class below ``part``, classes and files in the order of their names."""
-    classes = {folder.name: _image_files(root, folder) for folder in _folders(part)}
+    classes = {folder.name: image_files(root, folder) for folder in _folders(part)}
     if len(classes) < 2:
         found = ", ".join(classes) or "none"
         raise InputError(f"{part} needs a folder for each of at least 2 classes; found: {found}")
@@ -81,10 +81,15 @@ def _folders(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _image_files(root: Path, folder: Path) -> list[str]:
-    names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in _SUFFIXES)
+def image_files(root: Path, folder: Path) -> list[str]:
+    """Return the image files in a folder below ``root``, relative to it and sorted.
+
+    Raises:
+        InputError: There are none.
+    """
+    names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in SUFFIXES)
     if not names:
-        raise InputError(f"class folder {folder} has no images ({', '.join(sorted(_SUFFIXES))}); fill or remove it")
+        raise InputError(f"class folder {folder} has no images ({', '.join(sorted(SUFFIXES))}); fill or remove it")
     within = folder.relative_to(root)
     return [str(within / name) for name in names]
 

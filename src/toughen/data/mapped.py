@@ -16,7 +16,12 @@ _SHARE = 4  # a quarter of the memory; the rest is for the model, the decoded im
 
 def fits_memory(num_bytes: int) -> bool:
     """Return whether so many bytes are at most a quarter of the memory of this machine."""
-    return num_bytes <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _SHARE
+    return num_bytes <= host_memory() // _SHARE
+
+
+def host_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def cached_copy(sources: Sequence[Path], suffix: str, num_bytes: int, write: Callable[[Path], None]) -> Path:

@@ -1,6 +1,6 @@
 """From settings to the parts of a data set: split, and kept in memory or streamed."""
 
-import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from toughen.data.decode import Decoder, Encoded, check_size, decode, is_grey, s
 from toughen.data.encoded import EncodedRows
 from toughen.data.generated import read_extra
 from toughen.data.image_set import DataSplits, Images, ImageSet, check_labels
+from toughen.data.mapped import host_memory
 from toughen.data.settings import DATASETS, DataSettings, Rows
 from toughen.data.stream import PictureReader, StreamedSet
 from toughen.errors import InputError
@@ -102,6 +103,10 @@ def _kept(
     """Return the parts as they will be served, and what to tell about it."""
     encoded = [part for part in parts if isinstance(part, EncodedRows)]
     if not encoded:
+        if settings.storage == "streamed":
+            raise InputError(
+                f"data.storage is 'streamed', and {settings.name!r} comes as a whole in memory; leave data.storage out"
+            )
         train, validation, test = (_brought_to_form(part, settings) for part in parts if isinstance(part, ImageSet))
         return (train, validation, test), ()
     height, width = (settings.image_size,) * 2 if settings.image_size else _first_size(encoded[0], settings)
@@ -185,7 +190,13 @@ def _brought_to_form(images: ImageSet, settings: DataSettings) -> ImageSet:
         images = ImageSet(images.images.expand(-1, 3, -1, -1), images.labels, images.classes)
     elif settings.channels == 1 and images.shape[0] != 1:
         raise InputError(f"data.channels is 1, and the images of {settings.name!r} have {images.shape[0]} channels")
-    return images if settings.image_size is None else images.resized(settings.image_size)
+    if settings.image_size is None:
+        return images
+    _, height, width = images.shape
+    side = round(settings.center * min(height, width))
+    top, left = (height - side) // 2, (width - side) // 2
+    middle = images.images[:, :, top : top + side, left : left + side]
+    return replace(images, images=middle).resized(settings.image_size)
 
 
 def _told(skipped: list[str]) -> tuple[str, ...]:
@@ -196,7 +207,6 @@ def _told(skipped: list[str]) -> tuple[str, ...]:
 
 def _memory(device: torch.device) -> int:
     """Bytes of memory of the host, or of the device if that has less."""
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type != "cuda":
-        return host
-    return min(host, torch.cuda.get_device_properties(device).total_memory)
+        return host_memory()
+    return min(host_memory(), torch.cuda.get_device_properties(device).total_memory)

@@ -9,11 +9,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
 from toughen.errors import InputError
+from toughen.models import restore_weights
 
 FORMAT = 1
 WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256"
@@ -68,46 +68,8 @@ def load(folder: Path, model: nn.Module) -> dict[str, Any]:
         raise InputError(f"checkpoint {whole} is damaged: {_first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"checkpoint {whole} is not of format {FORMAT}; it was written by another version of toughen")
-    load_weights(whole / WEIGHTS, model)
+    restore_weights(model, whole / WEIGHTS)
     return state
-
-
-def load_weights(file: Path, model: nn.Module) -> None:
-    """Load a safetensors file into a model, strictly.
-
-    Raises:
-        InputError: The file is missing, damaged or a pickle, or its tensors are not this model's.
-    """
-    if not file.is_file():
-        raise InputError(f"no weights file {file}")
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        pickled = file.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
-        reason = (
-            "it is a pickle, which may run code; save the state dict as safetensors" if pickled else _first_line(error)
-        )
-        raise InputError(f"weights file {file} is not readable as safetensors: {reason}") from None
-    own = model.state_dict()
-    _check_fit(file, own, tensors)
-    with torch.no_grad():
-        for name, value in own.items():
-            value.copy_(tensors[name])
-
-
-def _check_fit(file: Path, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    unlike = [name for name in own if name in tensors and own[name].shape != tensors[name].shape]
-    problems = []
-    if missing or extra:
-        problems.append(
-            f"it lacks {len(missing)} tensors and has {len(extra)} others (first: {(missing + extra)[0]!r})"
-        )
-    if unlike:
-        name = unlike[0]
-        problems.append(f"{name!r} is {list(tensors[name].shape)} in the file and {list(own[name].shape)} in the model")
-    if problems:
-        raise InputError(f"{file} belongs to another model: {'; '.join(problems)}")
 
 
 def _whole(folder: Path) -> Path | None:

@@ -1,42 +1,49 @@
 """Files of weights, read without running code of theirs: safetensors and torch checkpoints. Knows nothing of models."""
 
-import argparse
-import pathlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from toughen.errors import InputError
 
-# What training scripts put beside the weights: numpy's numbers and arrays, argparse's settings, paths. torch's
-# restricted unpickler may call these and set their state, with plain data only, so each must be unable to run code
-# whatever it is given. numpy's build a number or an array from bytes and a type code, in C; an array of objects
-# holds objects that have passed the unpickler. Namespace only keeps attributes. Pure paths only join text.
-# The second of a pair is the name in the file: numpy 1 and Python 3.13 have other modules for the same thing.
-_scalar = cast(tuple[Callable[..., Any]], np.float64(0).__reduce__())[0]
-_array = cast(tuple[Callable[..., Any]], np.zeros(0).__reduce__())[0]
-HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    argparse.Namespace,
-    np.dtype,
-    np.ndarray,
-    *{type(np.dtype(code)) for code in np.typecodes["All"]},
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-    (_array, "numpy.core.multiarray._reconstruct"),
-    (_array, "numpy._core.multiarray._reconstruct"),
-    (pathlib.PurePosixPath, "pathlib.PosixPath"),
-    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
-    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
-    (pathlib.PureWindowsPath, "pathlib._local.WindowsPath"),
-]
+
+class _Skipped:
+    """Stands for a thing beside the weights: takes whatever it is given, keeps nothing and does nothing."""
+
+    def __new__(cls, *_: object) -> "_Skipped":
+        return super().__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, _: object) -> None:
+        pass
+
+
+# What training scripts put beside the weights: numpy's numbers and arrays (its random state), argparse's settings,
+# paths. None of them is built: torch's restricted unpickler is told that these names mean ``_Skipped``, whose code is
+# above. (numpy's own types would not be safe here: the state of a dtype can declare bytes to be pointers.) Names are
+# as files spell them; numpy 1 and Python 3.13 have other modules for the same thing.
+SKIPPED = (
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
+)
 
 
 def read_weights(file: str | Path) -> dict[str, Tensor]:
@@ -94,7 +101,8 @@ def _no_weights(start: bytes) -> str | None:
 
 
 def _load_torch(path: Path, *, zipped: bool) -> Any:
-    with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+    skipped: list[Any] = [(_Skipped, name) for name in SKIPPED]
+    with torch.serialization.safe_globals(skipped), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of old formats, which it then reads or refuses all the same
         # mapped, so that the optimizer's state beside the weights is never read
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
