@@ -3,6 +3,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -590,3 +592,9 @@ def test_a_dry_run_finds_what_the_run_would_stumble_over(refused):
 def test_a_file_that_could_not_be_written_is_refused_before_the_work(refused, tmp_path):
     refused(["analyze", "small_cnn", "--plot", str(tmp_path / "plot.jpgg")], "plot.jpgg", ".png, .pdf, .svg")
     refused(["evaluate", "small_cnn", "--json", str(tmp_path / "gone" / "a.json")], "there is no folder")
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    command = f"{sys.executable} -m toughen list recipes | true"  # gone before the first line comes
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

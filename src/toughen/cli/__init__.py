@@ -1,5 +1,6 @@
 """The command line: ``toughen VERB``. Parses, calls the package, prints; results to stdout, progress to stderr."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"toughen: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # who read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 0
     except OSError as error:  # a full disk, a vanished mount
         print(f"toughen: {error}", file=sys.stderr)
         return 2

@@ -79,8 +79,7 @@ def _check_timm(name: str) -> None:
     import timm
 
     architecture, _, tag = name.partition(".")
-    # timm takes addresses and paths for names too, and would load from there
-    if not re.fullmatch(r"\w+", architecture) or not timm.is_model(architecture):
+    if not timm.is_model(architecture):  # nor are the addresses and paths that timm would load from
         raise unknown("timm model", name, timm.list_models(), hint="listed by toughen list models 'timm/*'")
     if tag and name not in (tagged := timm.list_pretrained(f"{architecture}.*")):
         raise unknown(f"weights of timm/{architecture}", name, tagged or [architecture])

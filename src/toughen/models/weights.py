@@ -208,7 +208,7 @@ def _check(wanted: Tensors, found: Tensors, extra: Iterable[str], *, source: str
             f"{name!r} is {_form(found[name])} in the file and {_form(wanted[name])} in the model" for name in other
         ]
         problems.append(f"{len(other)} differ in shape: {_first(shapes)}")
-    hint = "was it saved from another architecture or width?"
+    hint = "was it saved from another architecture, width or image size?"
     if not missing and not extra and set(other) <= set(last):
         classes = found[other[0]].shape[0]
         hint = f"build the model with num_classes={classes}, or keep a new last layer with classifier='new'"
