@@ -56,7 +56,8 @@ def find_target(options: argparse.Namespace) -> Target:
     if not models.is_spec(options.target) and (given.suffix or len(given.parts) > 1):
         raise InputError(f"{given} is neither a run folder, nor a weights file, nor a model: {', '.join(MODELS)}")
     models.check_spec(options.target)
-    random = "" if options.pretrained else f"{options.target} has random weights; give a run folder or a weights file"
+    trained = options.pretrained or options.target.startswith("hub/")
+    random = "" if trained else f"{options.target} has random weights; give a run folder or a weights file"
     return _model(
         options, ModelSettings(name=options.target, width=options.width, pretrained=options.pretrained), remark=random
     )

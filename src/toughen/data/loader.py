@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -13,6 +14,19 @@ from toughen.data.image_set import DataSplits, Images, ImageSet, Taken
 from toughen.data.stream import Place, StreamedSet, stream
 from toughen.errors import InputError
 from toughen.types import Batch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One process of several that train together, each on images of its own.
+
+    Attributes:
+        rank: Which process, from 0.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
 
 
 class TrainLoader(Protocol):
@@ -56,6 +70,7 @@ def train_loader(
     augment: Sequence[Augmentation] = (),
     extra_fraction: float = 0.0,
     workers: int = 0,
+    shard: Shard = Shard(),
 ) -> TrainLoader:
     """Return the loader that fits how the training images are kept, with the extra images mixed in.
 
@@ -67,6 +82,7 @@ def train_loader(
         augment: What varies the images, in order.
         extra_fraction: Share of a batch that comes from ``splits.extra``.
         workers: Processes that decode, for images that are not in memory.
+        shard: Which part of every epoch is this process's; ``batch_size`` counts its images alone.
 
     Raises:
         InputError: ``batch_size`` is below 1 or above the number of images, or holds no image of one kind.
@@ -81,11 +97,11 @@ def train_loader(
     loader: TrainLoader
     if isinstance(splits.train, StreamedSet):
         loader = StreamLoader(
-            splits.train, batch_size=num_own, device=device, seed=seed, augment=varied, workers=workers
+            splits.train, batch_size=num_own, device=device, seed=seed, augment=varied, workers=workers, shard=shard
         )
     else:
         assert isinstance(splits.train, ImageSet)
-        loader = DeviceLoader(splits.train, batch_size=num_own, device=device, seed=seed, augment=varied)
+        loader = DeviceLoader(splits.train, batch_size=num_own, device=device, seed=seed, augment=varied, shard=shard)
     if splits.extra is None:
         return loader
     return MixedLoader(
@@ -97,6 +113,7 @@ def train_loader(
         device=device,
         seed=seed,
         augment=varied,
+        shard=shard,
     )
 
 
@@ -105,25 +122,30 @@ class _Order:
 
     The order of an epoch comes from the stream ``("shuffle", epoch)``, what varies a batch from
     ``("augment", epoch, step)``, both drawn on the CPU: every device sees the same. The last, partial batch of
-    an epoch is dropped.
+    an epoch is dropped. Of several processes each takes its share of one order, and counts steps among all.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, augment: Sequence[Augmentation]) -> None:
-        if not 1 <= batch_size <= num_images:
-            raise InputError(f"batch_size is {batch_size}; with {num_images} images it must be 1..{num_images}")
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, augment: Sequence[Augmentation], shard: Shard
+    ) -> None:
+        most = num_images // shard.count
+        if not 1 <= batch_size <= most:
+            raise InputError(f"batch_size is {batch_size}; with {most} images it must be 1..{most}")
         self.num_images, self.batch_size, self.seed, self.augment = num_images, batch_size, seed, tuple(augment)
-        self.steps_per_epoch = num_images // batch_size
+        self.shard = shard
+        self.steps_per_epoch = most // batch_size
 
     def places(self, epoch: int, start_step: int) -> list[Place]:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise InputError(f"start_step is {start_step}; the epoch has {self.steps_per_epoch} steps")
         order = torch.randperm(self.num_images, generator=rng.generator(self.seed, "shuffle", epoch))
-        steps = torch.split(order, self.batch_size)
+        steps = torch.split(order[self.shard.rank :: self.shard.count], self.batch_size)
         return [Place(step, steps[step]) for step in range(start_step, self.steps_per_epoch)]
 
     def vary(self, images: Tensor, epoch: int, step: int) -> Tensor:
         """Apply the augmentations to uint8 images [B, C, H, W] and map them to [0, 1]."""
-        return _varied(images, self.augment, rng.generator(self.seed, "augment", epoch, step))
+        place = step * self.shard.count + self.shard.rank
+        return _varied(images, self.augment, rng.generator(self.seed, "augment", epoch, place))
 
 
 class DeviceLoader:
@@ -135,6 +157,7 @@ class DeviceLoader:
         device: Where the batches are wanted.
         seed: Seed of the streams.
         augment: What varies the images, in order.
+        shard: Which part of every epoch is this process's.
 
     Raises:
         InputError: ``batch_size`` is below 1 or above the number of images.
@@ -148,8 +171,9 @@ class DeviceLoader:
         device: torch.device | str,
         seed: int,
         augment: Sequence[Augmentation] = (CropFlip(),),
+        shard: Shard = Shard(),
     ) -> None:
-        self._order = _Order(len(images), batch_size, seed, augment)
+        self._order = _Order(len(images), batch_size, seed, augment, shard)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
         self.skipped = 0
@@ -178,6 +202,7 @@ class StreamLoader:
         seed: Seed of the streams.
         augment: What varies the images, in order.
         workers: Processes that decode; 0 decodes here, without reading ahead.
+        shard: Which part of every epoch is this process's.
 
     Raises:
         InputError: ``batch_size`` is below 1 or above the number of images.
@@ -192,10 +217,11 @@ class StreamLoader:
         seed: int,
         augment: Sequence[Augmentation] = (CropFlip(),),
         workers: int = 0,
+        shard: Shard = Shard(),
     ) -> None:
         self._crop = next((member for member in augment if isinstance(member, ResizedCrop)), None)
         rest = [member for member in augment if member is not self._crop]
-        self._order = _Order(len(images), batch_size, seed, rest)
+        self._order = _Order(len(images), batch_size, seed, rest, shard)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
         self.skipped = 0
@@ -237,6 +263,7 @@ class MixedLoader:
         device: Where the batches are wanted.
         seed: Seed of the streams.
         augment: What varies the images of the second part, in order.
+        shard: Which process this is, of several that draw images of their own.
     """
 
     def __init__(
@@ -250,12 +277,14 @@ class MixedLoader:
         device: torch.device | str,
         seed: int,
         augment: Sequence[Augmentation],
+        shard: Shard = Shard(),
     ) -> None:
+        self._shard = shard
         self._loader, self._extra = loader, extra
         self._num_train, self._num_extra = num_train, num_extra
         self._device, self._seed, self._augment = torch.device(device), seed, tuple(augment)
         whole = num_own + num_extra
-        self.steps_per_epoch = min(math.ceil(num_train / whole), loader.steps_per_epoch)
+        self.steps_per_epoch = min(math.ceil(num_train / (whole * shard.count)), loader.steps_per_epoch)
         self.images_per_epoch = self.steps_per_epoch * whole
 
     @property
@@ -270,7 +299,7 @@ class MixedLoader:
         return (self._mixed(batch, number, step) for step, batch in zip(steps, first, strict=False))
 
     def _mixed(self, first: Batch, epoch: int, step: int) -> Batch:
-        draws = rng.generator(self._seed, "extra", epoch, step)
+        draws = rng.generator(self._seed, "extra", epoch, step * self._shard.count + self._shard.rank)
         taken = self._extra.take(torch.randint(len(self._extra), (self._num_extra,), generator=draws))
         images, labels, index = (part.to(self._device, non_blocking=True) for part in taken)
         x = _varied(images, self._augment, draws)

@@ -92,6 +92,8 @@ class Trainer:
         if model is None:
             # a checkpoint brings its own weights, and those that a run began with may be gone by then
             model = create_model(recipe.model, self.data, seed=recipe.train.seed, start_weights=not resume)
+        else:
+            models.check_fit(model, image_shape=self.data.train.shape, num_classes=len(self.data.train.classes))
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
         self.loader = training_loader(recipe, self.data, self.device)
