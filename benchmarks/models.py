@@ -61,7 +61,7 @@ def measure(name: str) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         facts[f"{step}_seconds"] = time.perf_counter() - started
-        facts[f"{step}_loss"] = float(loss)
+        facts[f"{step}_loss"] = float(loss.detach())
     facts["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
     return facts
 
