@@ -6,6 +6,7 @@ import torch
 from as_found import left_as_found
 from toughen.errors import InputError
 from toughen.layers import ModelView, map_layers
+from toughen.layers.view import samples_first
 from zoo import ZOO, build, images
 
 X = images(3)[0]
@@ -85,6 +86,30 @@ def test_reduce_replaces_the_feature_and_runs_inside_the_forward():
     values = ModelView(model).features(X, ["conv"], reduce=lambda name, value: value.flatten(1).amin(dim=1)).values
     assert torch.equal(values["conv"], model.conv(X).flatten(1).amin(dim=1))
     assert (values["conv"] < 0).all()
+
+
+def test_features_of_windows_have_the_batch_first():
+    model = build("windowed").eval()
+    by_hand = model.mix(model.windows(X))
+    kept = ModelView(model).features(X, ["mix"]).values["mix"]
+    reduced = ModelView(model).features(X, ["mix"], reduce=lambda _, feature: feature.sum(dim=(1, 2, 3))).values["mix"]
+    assert kept.shape == (3, 4, 4, 6)
+    assert torch.equal(kept, by_hand)
+    assert torch.equal(reduced, by_hand.sum(dim=(1, 2, 3)))
+
+
+def test_to_put_the_samples_first_copies_nothing():
+    rows = torch.arange(24.0).view(6, 4).T.contiguous().T
+    feature = samples_first("mix", rows, 3)
+    assert feature.shape == (3, 2, 4)
+    assert feature.data_ptr() == rows.data_ptr()
+    assert samples_first("mix", rows, 6) is rows
+
+
+@pytest.mark.parametrize(("name", "layer"), [("tuple_output", "pair"), ("tokens_first", "mix")])
+def test_a_layer_without_a_feature_per_sample_is_refused(name, layer):
+    with pytest.raises(InputError, match=f"layer '{layer}' does not return one tensor with the samples first.*another"):
+        ModelView(build(name).eval()).features(X, [layer])
 
 
 @pytest.mark.parametrize("stop_early", [False, True])

@@ -15,6 +15,7 @@ from toughen.criticality.weakness import Expectation, WeaknessNorm, WeaknessSums
 from toughen.errors import InputError, check_choices
 from toughen.layers import Granularity, Layer, LayerMap, ModelView, map_layers, tap
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
+from toughen.layers.view import samples_first
 from toughen.rng import generator
 from toughen.types import Batches, check_images
 
@@ -130,18 +131,21 @@ class _Sums:
         if self.options.measure == "curvature":
             self._watch_curvature(ModelView(model), x, x_adv)
             return
-        norm = self.options.norm
+        norm, pair = self.options.norm, torch.cat([x, x_adv])
 
-        def output(name: str, value: Tensor) -> None:
-            self.outputs.add(self.point[name].name, weakness(*value.detach().chunk(2), norm=norm))
+        def moved(name: str, value: object) -> Tensor:
+            return weakness(*samples_first(name, value, len(pair)).detach().chunk(2), norm=norm)
+
+        def output(name: str, value: object) -> None:
+            self.outputs.add(self.point[name].name, moved(name, value))
 
         def entering(name: str, value: object) -> None:
-            if isinstance(value, Tensor):  # else there is no input to divide by, and no index
-                self.inputs.add(name, weakness(*value.detach().chunk(2), norm=norm))
+            self.inputs.add(name, moved(name, value))
 
-        inputs = self.inputs.names if self.options.predecessor == "graph" else ()
+        graph = self.options.predecessor == "graph"
+        inputs = [layer.name for layer in self.measured if graph and layer.num_inputs]  # others have no index
         with torch.no_grad(), tap(model, self.point, output), tap(model, inputs, entering, side="input"):
-            model(torch.cat([x, x_adv]))
+            model(pair)
         self.image.add("image", weakness(x, x_adv, norm=norm))
 
     def _watch_curvature(self, view: ModelView, x: Tensor, x_adv: Tensor) -> None:

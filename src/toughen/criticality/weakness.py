@@ -32,7 +32,7 @@ def weakness(clean: Tensor, adversarial: Tensor, *, norm: WeaknessNorm = "dim") 
     """
     if clean.shape != adversarial.shape or clean[0].numel() == 0:
         raise ValueError(f"features of shapes {tuple(clean.shape)} and {tuple(adversarial.shape)} can't be compared")
-    return _length(adversarial.double() - clean.double()) / _size(clean, norm)
+    return _length(adversarial.double() - clean) / _size(clean, norm)
 
 
 def _size(feature: Tensor, norm: WeaknessNorm) -> Tensor | float:

@@ -1,6 +1,7 @@
 """Layers of any ``nn.Module``: which there are, what they compute, where a forward may stop, what trains."""
 
-from toughen.layers.layer_map import Granularity, Layer, LayerMap, map_layers
+from toughen.layers.candidates import Granularity
+from toughen.layers.layer_map import Layer, LayerMap, map_layers
 from toughen.layers.taps import tap
 from toughen.layers.trainable import NormStats, TrainableSet
 from toughen.layers.view import Features, ModelView

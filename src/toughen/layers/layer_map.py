@@ -4,21 +4,27 @@ A layer is a convolution or a linear map that owns weights (methods: one layer i
 not a layer). Indices start at 0; the classifier comes last and is marked.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, overload
+from typing import overload
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from toughen.errors import InputError, unknown
-from toughen.layers.taps import buffers_kept, mode, random_state_kept, tap
-
-Granularity = Literal["weights", "leaves", "blocks"]
+from toughen.layers.candidates import (
+    Granularity,
+    Names,
+    blocks,
+    classifiers,
+    gates,
+    holders,
+    leaves,
+    other_weights,
+    shared,
+    weight_layers,
+)
+from toughen.layers.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,9 @@ class Layer:
         parameters: Qualified names of the parameters that the layer owns.
         num_parameters: How many numbers these are.
         num_features: N_i of Eq. 2, the elements of its output for one sample.
-        num_inputs: The elements of its input for one sample.
+        num_inputs: The elements of its input for one sample; 0 if that is no tensor with the samples first.
         num_calls: How often one forward runs it; with 2 or more it has no single feature and no criticality.
-        norm: Qualified name of the batch norm that directly takes its output, or None.
+        norm: Qualified name of the batch norm that directly takes its output, and nothing else's, or None.
         classifier: Whether its output is the model's logits.
     """
 
@@ -57,14 +63,18 @@ class LayerMap(Sequence[Layer]):
         unseen: Layers that own weights but were never called in the forward.
         tuples: Layers that do not return one tensor with the samples first; they get no index.
         shared: Groups of names that share a module or a weight.
-        others: Modules that own weight matrices of their own without being layers (for example attention).
+        others: Parameters with two or more sides that no layer owns (for example of attention).
+        repeated_norms: Batch norms that run more than once per forward, so are no layer's own.
+        gates: Layers whose output has one position although a later layer's has more (for example squeeze-excitation).
     """
 
     layers: tuple[Layer, ...]
     unseen: tuple[str, ...] = ()
     tuples: tuple[str, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
-    others: tuple[str, ...] = field(default=())
+    others: tuple[str, ...] = ()
+    repeated_norms: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
 
     @overload
     def __getitem__(self, index: int) -> Layer: ...
@@ -106,15 +116,22 @@ class LayerMap(Sequence[Layer]):
         raise unknown("layer", name, (layer.name for layer in self), hint="see `toughen list layers MODEL`")
 
     def notes(self) -> list[str]:
-        """Say in one line each what is odd: repeated, unseen, tuple-valued, shared and other weights."""
+        """Say in one line each what is odd: repeated, unseen, tuple-valued, shared and other weights; gates in one."""
         groups = (
             ("runs more than once per forward, so has no single feature", self.repeated),
             ("owns weights but was never called in the forward", self.unseen),
             ("does not return one tensor with the samples first, so has no feature", self.tuples),
             ("share a module or a weight, so train together", tuple(" = ".join(g) for g in self.shared)),
-            ("owns weights outside convolutions and linear maps, so is not measured", self.others),
+            ("is a weight that belongs to no layer, so is not measured", self.others),
+            ("runs more than once per forward, so belongs to no layer", self.repeated_norms),
         )
-        return [f"{name}: {what}" for what, names in groups for name in names]
+        notes = [f"{name}: {what}" for what, names in groups for name in names]
+        if self.gates:
+            more = len(self.gates) - 2
+            some = ", ".join(self.gates[:2]) + (f" and {more} more" if more > 0 else "")
+            what = "one position each where later layers have more, as in squeeze-excitation"
+            notes.append(f"{some}: {what}; 1/N favours them, see exclude")
+        return notes
 
 
 def map_layers(
@@ -126,12 +143,17 @@ def map_layers(
 ) -> LayerMap:
     """List the layers that one forward of ``example`` runs, in order of first execution.
 
+    A layer may return [B * w, ...], as the windows of a Swin transformer do: it has a feature if it is seen that the w
+    rows of a sample follow each other. Any other first dimension is reported, and the layer gets no index.
+
     Args:
-        model: Any module; run once in eval mode without gradients and left as found.
-        example: [B, ...], a valid input; one sample is enough.
+        model: Any module; run in eval mode without gradients, once or twice, and left as found.
+        example: [B, ...], a valid input in [0, 1]; one sample is enough.
         granularity: ``"weights"``: convolutions and linear maps (the paper's numbering). ``"leaves"``: every module
-            without children that owns parameters, batch norm included. ``"blocks"``: the innermost modules that
-            hold two or more convolutions or linear maps, and what stands outside of these on its own.
+            without children that owns parameters, batch norm included. ``"blocks"``: the largest modules that hold
+            two or more convolutions or linear maps, but neither the classifier nor a sequence of two such modules of
+            one class (these are stages); what stands outside of them counts on its own. A sequence is a ``Sequential``,
+            ``ModuleList`` or ``ModuleDict``, which are no blocks themselves, or has children of one class alone.
         exclude: Shell patterns of qualified names to leave out, for example ``"*.shortcut.*"``.
 
     Returns:
@@ -140,24 +162,45 @@ def map_layers(
     Raises:
         InputError: Nothing that owns weights ran, or a pattern matches no layer.
     """
-    candidates = _candidates(model, granularity)
+    weights = weight_layers(model)
+    candidates = {"weights": weights, "leaves": leaves(model), "blocks": holders(model)}[granularity]
+    trace = Trace(model, {**candidates, **weights}.values(), example)
+    heads = classifiers(trace, weights)
+    if granularity == "blocks":
+        candidates = blocks(model, trace, heads)
+    names = _without(candidates, exclude)
+    layers = _layers(names, trace, heads)
+    if not layers:
+        raise InputError(f"the model {type(model).__name__} ran no layer that owns weights; nothing to analyse")
+    called = [name for name in names.values() if name in trace.calls]
+    norms = (trace.norm_of.get(layer.name) for layer in layers)
+    return LayerMap(
+        layers=layers,
+        unseen=tuple(name for name in names.values() if name not in trace.calls),
+        tuples=tuple(name for name in called if name not in trace.num_features),
+        shared=shared(model, names),
+        others=other_weights(model, candidates),
+        repeated_norms=tuple(dict.fromkeys(norm for norm in norms if norm and trace.norm_calls[norm] > 1)),
+        gates=tuple(name for name in gates(trace, weights) if name in called),
+    )
+
+
+def _without(candidates: Names, exclude: Sequence[str]) -> Names:
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in candidates.values()):
             raise unknown(
                 "layer pattern", pattern, candidates.values(), hint="a pattern matches whole names, * anything"
             )
-    names = {m: n for m, n in candidates.items() if not any(fnmatchcase(n, pattern) for pattern in exclude)}
-    trace = _Trace(model, names)
-    trace.run(torch.cat([example[:1], example[:1]]))  # two samples tell what depends on the batch
-    calls = Counter(trace.order)
-    tuples = tuple(dict.fromkeys(trace.tuples))
-    executed = [name for name in dict.fromkeys(trace.order) if name not in tuples]
-    if not executed:
-        raise InputError(f"the model {type(model).__name__} ran no layer that owns weights; nothing to analyse")
+    return {m: n for m, n in candidates.items() if not any(fnmatchcase(n, pattern) for pattern in exclude)}
+
+
+def _layers(names: Names, trace: Trace, heads: Sequence[str]) -> tuple[Layer, ...]:
     owners = {name: module for module, name in names.items()}
+    executed = [name for name in trace.calls if name in owners and name in trace.num_features]
     layers = []
     for index, name in enumerate(executed):
-        parameters = {f"{name}.{p}" if name else p: v for p, v in owners[name].named_parameters()}
+        parameters = {f"{name}.{p}": value for p, value in owners[name].named_parameters()}
+        norm = trace.norm_of.get(name)
         layers.append(
             Layer(
                 index=index,
@@ -165,109 +208,10 @@ def map_layers(
                 parameters=tuple(parameters),
                 num_parameters=sum(value.numel() for value in parameters.values()),
                 num_features=trace.num_features[name],
-                num_inputs=trace.num_inputs[name],
-                num_calls=calls[name],
-                norm=trace.norm_of.get(name),
-                classifier=index == len(executed) - 1 and trace.is_classifier(owners[name]),
+                num_inputs=trace.num_inputs.get(name, 0),
+                num_calls=trace.calls[name],
+                norm=norm if norm and trace.norm_calls[norm] == 1 else None,
+                classifier=name in heads,
             )
         )
-    return LayerMap(
-        layers=tuple(layers),
-        unseen=tuple(name for name in names.values() if name not in calls),
-        tuples=tuples,
-        shared=_shared(model, names),
-        others=_other_owners(model, candidates) if granularity == "weights" else (),
-    )
-
-
-class _Trace:
-    """One forward, written down: who ran, with how many elements, and which norm took whose output."""
-
-    def __init__(self, model: nn.Module, names: dict[nn.Module, str]) -> None:
-        self.model, self.names = model, names
-        self.order: list[str] = []
-        self.tuples: list[str] = []
-        self.num_features: dict[str, int] = {}
-        self.num_inputs: dict[str, int] = {}
-        self.norm_of: dict[str, str] = {}
-        self.num_logits: int | None = None
-        self.num_samples = 1
-        self._outputs: dict[str, Tensor] = {}
-
-    def run(self, example: Tensor) -> None:
-        self.num_samples = len(example)
-        norms = [name for name, module in self.model.named_modules() if isinstance(module, _NormBase)]
-        with (
-            torch.no_grad(),
-            mode(self.model, training=False),
-            buffers_kept(self.model),
-            random_state_kept(self.model),
-            tap(self.model, norms, self._see_norm, side="input"),
-            tap(self.model, self.names.values(), self._see_input, side="input"),
-            tap(self.model, self.names.values(), self._see_output),
-        ):
-            logits = self.model(example)
-        if isinstance(logits, Tensor):
-            self.num_logits = logits.shape[-1]
-
-    def is_classifier(self, module: nn.Module) -> bool:
-        weight = getattr(module, "weight", None)
-        return isinstance(weight, Tensor) and weight.dim() >= 2 and weight.shape[0] == self.num_logits
-
-    def _see_input(self, name: str, value: Any) -> None:
-        if isinstance(value, Tensor):
-            self.num_inputs.setdefault(name, value[0].numel())
-
-    def _see_output(self, name: str, value: Any) -> None:
-        self.order.append(name)
-        if not isinstance(value, Tensor) or value.shape[:1] != (self.num_samples,):
-            self.tuples.append(name)
-            return
-        self.num_features.setdefault(name, value[0].numel())
-        self.num_inputs.setdefault(name, 0)
-        self._outputs[name] = value
-
-    def _see_norm(self, norm: str, value: Any) -> None:
-        for name, output in self._outputs.items():
-            if output is value:
-                self.norm_of.setdefault(name, norm)
-
-
-def _candidates(model: nn.Module, granularity: Granularity) -> dict[nn.Module, str]:
-    """Modules that count as layers, each under its first qualified name, in order of definition."""
-    named = [(name, module) for name, module in model.named_modules() if name]
-    weights: dict[nn.Module, str] = {module: name for name, module in named if isinstance(module, _ConvNd | nn.Linear)}
-    if granularity == "weights":
-        return weights
-    if granularity == "leaves":
-        return {m: n for n, m in named if not list(m.children()) and any(True for _ in m.parameters())}
-    holds = {module: sum(child in weights for child in module.modules()) for _, module in named}
-    blocks = {
-        module: name
-        for name, module in named
-        if holds[module] >= 2 and not any(c is not module and holds.get(c, 0) >= 2 for c in module.modules())
-    }
-    inside = {child for block in blocks for child in block.modules()}
-    return blocks | {module: name for module, name in weights.items() if module not in inside}
-
-
-def _shared(model: nn.Module, names: dict[nn.Module, str]) -> tuple[tuple[str, ...], ...]:
-    """Groups of qualified names behind which stands the same module, or the same parameter."""
-    of_module: dict[int, list[str]] = {}
-    of_weight: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module in names:
-            of_module.setdefault(id(module), []).append(name)
-    for module, name in names.items():
-        for parameter in module.parameters():
-            of_weight.setdefault(id(parameter), []).append(name)
-    groups = [tuple(group) for group in (*of_module.values(), *of_weight.values()) if len(group) > 1]
-    return tuple(dict.fromkeys(groups))
-
-
-def _other_owners(model: nn.Module, names: dict[nn.Module, str]) -> tuple[str, ...]:
-    return tuple(
-        name or type(model).__name__
-        for name, module in model.named_modules()
-        if module not in names and any(p.dim() >= 2 for p in module.parameters(recurse=False))
-    )
+    return tuple(layers)

@@ -4,8 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from toughen.errors import InputError
 from toughen.layers.taps import tap
 
 Reduce = Callable[[str, Tensor], Tensor]
@@ -53,19 +55,20 @@ class ModelView:
         Args:
             x: [B, C, H, W], in [0, 1].
             names: Qualified names of layers that one forward calls once.
-            reduce: Called as ``reduce(name, output)`` inside the forward, before anything downstream can change
-                the output in place; None keeps a copy of the output.
+            reduce: Called as ``reduce(name, feature)`` inside the forward, before anything downstream can change
+                the output in place; None keeps a copy of the feature. Features are [B, ...], see ``samples_first``.
             stop_early: Whether to leave out what follows the last requested layer.
 
         Raises:
-            InputError: A name is not a submodule.
-            RuntimeError: A requested layer was not called, or returned no tensor.
+            InputError: A name is not a submodule, or one whose output does not hold the samples first.
+            RuntimeError: A requested layer was not called.
         """
         wanted = set(names)
         values: dict[str, Tensor] = {}
 
-        def see(name: str, output: Tensor) -> None:
-            values[name] = output.clone() if reduce is None else reduce(name, output)
+        def see(name: str, output: object) -> None:
+            feature = samples_first(name, output, len(x))
+            values[name] = feature.clone() if reduce is None else reduce(name, feature)
             if stop_early and values.keys() == wanted:
                 raise _AllSeen
 
@@ -75,3 +78,19 @@ class ModelView:
         if missing := wanted - values.keys():
             raise RuntimeError(f"layers never called in this forward: {', '.join(sorted(missing))}")
         return Features(values, logits)
+
+
+def samples_first(name: str, value: object, num_samples: int) -> Tensor:
+    """Return [B * w, ...] as [B, w, ...], and [B, ...] as it is; nothing is copied.
+
+    That the w rows of a sample follow each other can't be told from one tensor: ``map_layers`` has seen it for the
+    layers that it lists.
+
+    Raises:
+        InputError: ``value`` is no tensor, or its first dimension is no multiple of the samples.
+    """
+    if not isinstance(value, Tensor) or not value.dim() or len(value) % num_samples:
+        raise InputError(
+            f"layer {name!r} does not return one tensor with the samples first, so it has no feature; name another"
+        )
+    return value if len(value) == num_samples else torch.unflatten(value, 0, (num_samples, -1))
