@@ -36,9 +36,11 @@ class CriticalityOptions:
         measure: ``"index"`` from feature differences (Eq. 2); ``"curvature"`` with the gradient term (Eq. 9), at the
             cost of one truncated backward pass per layer.
         expectation: ``"mean"`` of the per-sample lengths (Eq. 2), or their ``"rms"``: the norm of the whole batch.
-        tapped: Where F_i is read: the layer's ``"output"``, or behind the batch ``"norm"`` that directly takes it.
+        tapped: Where F_i is read: the layer's ``"output"``, or behind the batch ``"norm"`` that directly takes it (and
+            behind the activation, where the norm module brings one, as timm's do).
         granularity: What a layer is, see ``map_layers``.
-        exclude: Shell patterns of layer names that don't count, for example ``"*.shortcut.*"``.
+        exclude: Shell patterns of layer names that don't count, for example ``"*.shortcut.*"``, or ``"*.se.*"``: gates have
+            few features, so the 1/N_i of Eq. 2 puts them first.
 
     Raises:
         InputError: A combination that has no meaning.
