@@ -39,8 +39,8 @@ class CriticalityOptions:
         tapped: Where F_i is read: the layer's ``"output"``, or behind the batch ``"norm"`` that directly takes it (and
             behind the activation, where the norm module brings one, as timm's do).
         granularity: What a layer is, see ``map_layers``.
-        exclude: Shell patterns of layer names that don't count, for example ``"*.shortcut.*"``, or ``"*.se.*"``: gates have
-            few features, so the 1/N_i of Eq. 2 puts them first.
+        exclude: Shell patterns of layer names that don't count, for example ``"*.shortcut.*"``, or ``"*.se.*"``: gates
+            have few features, so the 1/N_i of Eq. 2 puts them first.
 
     Raises:
         InputError: A combination that has no meaning.
