@@ -36,6 +36,11 @@ def unknown(what: str, given: str, allowed: Iterable[str], *, hint: str = "") ->
     return InputError(f"unknown {what} {given!r}{guess} Allowed: {listing or 'none'}{'; ' + hint if hint else ''}")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def check_choices(settings: Any, *, where: str) -> None:
     """Refuse a value that is not among those of its ``Literal`` annotation, for settings made in Python.
 

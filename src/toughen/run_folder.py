@@ -103,6 +103,11 @@ class RunFolder:
             raise InputError(f"{self.config_file} is damaged: it holds no recipe")
         return content
 
+    def provenance(self) -> dict[str, Any]:
+        """Read what is known of the machine, the versions and the images of the run."""
+        file = self.path / "provenance.json"
+        return _parsed(file.read_text(), file)
+
     def log(self) -> list[dict[str, Any]]:
         """Read the log, one object per finished epoch."""
         file = self.path / "log.jsonl"

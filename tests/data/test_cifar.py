@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from public_layouts import (
     CIFAR10_NAMES,
     cifar10_binary,
@@ -10,7 +11,6 @@ from public_layouts import (
     write_class_folders,
     write_levels,
 )
-
 from toughen.data import DataSettings, cifar, load
 from toughen.data.cifar import CIFAR10, CIFAR10_CLASSES, CIFAR100, CIFAR100_CLASSES, Cifar
 from toughen.data.image_set import ImageSet

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from toughen.data import ImageSet, StreamedSet, from_torch, in_order, train_loader
+from toughen.data.augment import ResizedCrop
 from toughen.errors import InputError
 
 
@@ -87,6 +97,45 @@ def test_reading_leaves_the_random_states_of_the_process_alone() -> None:
     assert (before[2] == np.random.get_state()[1]).all()  # type: ignore[index]
 
 
+class Relabelled(Pictures):
+    """Its items have other labels than its targets."""
+
+    def __getitem__(self, number: int) -> tuple[Any, int]:
+        image, label = super().__getitem__(number)
+        return image, 1 - label
+
+
+class Transformed(Relabelled):
+    target_transform = staticmethod(lambda label: 1 - label)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.targets = [0] * 16 + self.targets[16:]
+
+
+@pytest.mark.parametrize("dataset", [Relabelled(), Transformed()])
+def test_the_label_is_that_of_the_item_whatever_the_targets_say(dataset: Pictures) -> None:
+    splits = from_torch(dataset, dataset, validation=2)
+    assert splits.test.labels.tolist() == [dataset[number][1] for number in range(20)]
+
+
+def test_a_data_set_that_would_not_fit_into_memory_is_not_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toughen.data.foreign.fits_memory", lambda num_bytes: num_bytes < 20 * 48)
+    splits = from_torch(Pictures(), Pictures(), validation=2)
+    assert isinstance(splits.train, StreamedSet)
+    assert splits.notes == ("training images are read anew in each epoch",)
+
+
+def test_a_random_crop_before_decoding_is_refused_for_images_of_ones_own() -> None:
+    splits = from_torch(Pictures(vary=True), Pictures(), validation=2)
+    with pytest.raises(InputError, match="let a data set of your own crop its images"):
+        train_loader(splits, batch_size=2, device="cpu", seed=0, augment=(ResizedCrop(),))
+
+
+def labelled(label: Any) -> list[Any]:
+    return [(torch.zeros(1, 2, 2), label)] * 4
+
+
 class Endless(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return iter(())
@@ -109,13 +158,35 @@ def spoiled(value: float) -> TensorDataset:
         (TensorDataset(torch.zeros(4, 2, 2), torch.arange(4) % 2), r"image 0 has the shape \[2, 2\]"),
         (
             DataLoader(tensors(), sampler=WeightedRandomSampler([1.0] * 20, 20)),
-            r"a DataLoader with a sampler or collate_fn of its own cannot be used",
+            r"a DataLoader with a sampler, batch_sampler or collate_fn of its own cannot be used",
         ),
+        (
+            DataLoader(tensors(), batch_sampler=BatchSampler(RandomSampler(range(3)), 2, drop_last=False)),
+            r"a DataLoader with a sampler, batch_sampler or collate_fn of its own cannot be used",
+        ),
+        (
+            DataLoader(tensors(), sampler=RandomSampler(tensors(), replacement=True, num_samples=3)),
+            r"a DataLoader with a sampler, batch_sampler or collate_fn of its own cannot be used",
+        ),
+        (labelled(0.7), r"the label of item 0 is 0\.7; it must be one integer"),
+        (labelled("cat"), r"the label of item 0 is 'cat'; it must be one integer"),
+        (labelled(torch.eye(2)[0]), r"the label of item 0 is tensor.*; it must be one integer"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(train: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_torch(train, tensors(4), validation=1)
+
+
+def test_an_unknown_storage_is_refused() -> None:
+    with pytest.raises(InputError, match="unknown storage 'streaming'; did you mean 'streamed'"):
+        from_torch(tensors(), tensors(4), storage="streaming")  # type: ignore[arg-type]
+
+
+def test_16_bit_pictures_are_scaled_not_clipped() -> None:
+    deep = [(Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16)), number % 2) for number in range(4)]
+    splits = from_torch(deep, deep, validation=1)  # type: ignore[arg-type]
+    assert levels(splits.test) == [0x80] * 4
 
 
 def test_a_label_outside_the_given_classes_is_named() -> None:

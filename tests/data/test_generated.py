@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from public_layouts import as_struct, edm_npz, encoded, write_levels, write_parquet
 
+from public_layouts import as_struct, edm_npz, encoded, write_levels, write_parquet
 from toughen.data import DataSettings, ExtraSettings, generated, load
 from toughen.data.generated import read_extra
 from toughen.data.image_set import ImageSet

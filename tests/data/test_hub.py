@@ -9,8 +9,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from public_layouts import hub_cache, write_card, write_levels
 
+from public_layouts import hub_cache, write_card, write_levels
 from toughen.data import DataSettings, load
 from toughen.data.hub import read_hub
 from toughen.errors import InputError

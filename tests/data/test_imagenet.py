@@ -3,6 +3,7 @@ from typing import Literal
 
 import pytest
 import torch
+
 from public_layouts import (
     IMAGENETTE_IDS,
     encoded,
@@ -12,7 +13,6 @@ from public_layouts import (
     write_class_folders,
     write_levels,
 )
-
 from toughen.data import DataSettings, load
 from toughen.data.encoded import EncodedRows
 from toughen.data.imagenet import IMAGENETS, IMAGENETTE_CLASSES, imagenet_classes

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from public_layouts import as_struct, encoded, write_card, write_levels, write_parquet
 
+from public_layouts import as_struct, encoded, write_card, write_levels, write_parquet
 from toughen.data import DataSettings, load, mapped, parquet
 from toughen.data.encoded import EncodedRows
 from toughen.data.parquet import read_parquet

@@ -157,6 +157,34 @@ def test_broken_pictures_are_skipped_and_counted_if_asked(tmp_path: Path, storag
         assert loader.skipped + shown == len(data.train)
 
 
+def test_batches_of_which_nothing_is_left_are_passed_over_in_order_and_named_in_training(tmp_path: Path) -> None:
+    root = fill(tmp_path)
+    for path in [*sorted(root.glob("test/*/*.png"))[:3], *root.glob("train/cat/0[0-8].png")]:
+        path.write_bytes(b"broken")
+    data = splits(root, storage="streamed", on_error="skip", validation=1)
+    assert sum(len(batch.y) for batch in in_order(data.test, batch_size=1, device="cpu")) == 3
+    drawn = probe(data.train, count=5, seed=0, position=0, device="cpu", batch_size=2)
+    assert sum(len(batch.y) for batch in drawn) == 5  # broken ones are made up for
+    with pytest.raises(InputError, match=r"none of the images of a batch can be decoded"):
+        epoch(data, batch_size=1)
+
+
+def test_a_class_that_is_skipped_as_a_whole_is_named(tmp_path: Path) -> None:
+    root = fill(tmp_path)
+    for path in root.glob("train/cat/*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"no training image of the class 'cat' \(label 0\) that can be read"):
+        splits(root, on_error="skip", validation=1)
+
+
+@pytest.mark.parametrize(("mode", "level"), [("F", 0.5), ("I", 200), ("I", 70_000)])
+def test_levels_of_unknown_range_are_refused_rather_than_guessed(tmp_path: Path, mode: str, level: float) -> None:
+    root = fill(tmp_path)
+    Image.new(mode, (12, 8), level).save(root / "test" / "cat" / "00.png", format="tiff")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"00\.png: .*save it with 8 or 16 bits"):
+        splits(root)
+
+
 def test_a_broken_picture_met_by_a_worker_is_one_line(tmp_path: Path) -> None:
     root = fill(tmp_path)
     (root / "train" / "cat" / "03.png").write_bytes(b"not a picture")

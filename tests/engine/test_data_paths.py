@@ -1,18 +1,25 @@
 """Training runs on every way that images can come: streamed, mixed with extra ones, from the user's own code."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-from small_runs import clat, log, outcome, recipe, resume
+from small_runs import clat, document, log, outcome, recipe, resume
 from toughen import data
 from toughen.data import StreamedSet
 from toughen.engine import Trainer, create_model
+from toughen.errors import InputError
 from toughen.run_folder import RunFolder
 
 
@@ -112,3 +119,46 @@ def test_images_that_do_not_fit_in_memory_stream_by_themselves(tmp_path: Path) -
     changes["data"] |= {"resident_share": 1e-9, "workers": 0}
     trainer = Trainer(recipe(**changes), out=tmp_path / "run")
     assert isinstance(trainer.data.train, StreamedSet)
+
+
+def own_splits(count: int) -> data.DataSplits:
+    x, y = torch.rand(count, 3, 8, 8), torch.arange(count) % 3
+    return data.from_torch(TensorDataset(x, y), TensorDataset(x[:9], y[:9]), validation=6, name="mine")
+
+
+def test_a_run_on_ones_own_images_does_not_go_on_with_others(tmp_path: Path) -> None:
+    plan = recipe(train={"epochs": 2, "batch_size": 9})
+    trainer = Trainer(plan, out=tmp_path / "run", data=own_splits(60))
+    trainer._epoch_start()  # nothing has been trained yet; the folder stands
+    with pytest.raises(InputError, match=r"began on other images \(mine, 54 for training\) than these \(digits, 60\)"):
+        resume(tmp_path / "run")
+    Trainer(plan, out=tmp_path / "run", data=own_splits(60), resume=True)
+
+
+def test_extra_images_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.extra is none\.npz, and these images of your own come without"):
+        Trainer(recipe(data={"extra": {"path": "none.npz"}}), out=tmp_path / "run", data=own_splits(60))
+
+
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    x, y = torch.rand(30, 1, 8, 12), torch.arange(30) % 3
+    splits = data.from_torch(TensorDataset(x, y), TensorDataset(x, y), validation=6)
+    run = Trainer(recipe(train={"epochs": 1, "batch_size": 8}), out=tmp_path / "run", data=splits).fit()
+    assert run.finished
+
+
+def test_a_termination_of_the_whole_process_group_still_writes_the_checkpoint(tmp_path: Path) -> None:
+    changes = sections(tmp_path, "streamed")
+    changes["train"] |= {"epochs": 10_000}
+    del changes["method"]
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(document(**changes)))
+    command = [sys.executable, "-m", "toughen", "train", str(recipe_file), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    log_file = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not log_file.exists():
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"Continue with: toughen train --resume" in said

@@ -49,3 +49,19 @@ def test_a_model_of_the_users_own_is_tried_before_a_run_folder_is_made(tmp_path)
     with pytest.raises(InputError, match="the model has 3 classes and the data 10"):
         Trainer(recipe(), out=tmp_path / "run", model=create("small_cnn", num_classes=3, in_channels=1))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"mean": (125.0,), "std": (60.0,)},
+            r"mean is \(125\.0,\); it is for pixels in \[0, 1\], so divide",
+        ),
+        ({"classifier": "junk"}, "unknown classifier 'junk'"),
+        ({"classifier": "new"}, "classifier is 'new', which means something only beside weights"),
+    ],
+)
+def test_what_would_be_ignored_or_wrong_is_refused(given, message) -> None:
+    with pytest.raises(InputError, match=message):
+        create("small_cnn", in_channels=1, **given)

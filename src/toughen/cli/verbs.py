@@ -45,6 +45,8 @@ def _train(options: argparse.Namespace) -> None:
         check_methods(recipe, model, splits)
         for member in (recipe, *recipe.branches.values()):
             training_loader(member, splits, "cpu")
+        for line in splits.notes:
+            note(line)
         print(yaml.safe_dump(recipe.document(), sort_keys=False))
         _print_layers(model, splits)
         return
@@ -127,7 +129,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         store(target.run, results, checkpoint=options.checkpoint or "last", epoch=target.epoch, images=images)
     target.say_remark()
     threat = f"{target.threat.norm} eps {target.threat.eps:.4g}, step size {target.step_size:.4g}"
-    out.print(f"{options.target}, {len(images)} test images of {target.splits.name}, {threat}:", highlight=False)
+    num_seen = next(iter(results.values())).n
+    if num_seen < len(images):
+        note(f"skipped {len(images) - num_seen} test images that cannot be decoded")
+    out.print(f"{options.target}, {num_seen} test images of {target.splits.name}, {threat}:", highlight=False)
     table = Table("attack", "accuracy")
     for result in results.values():
         table.add_row(result.attack, f"{100 * result.accuracy:.2f} %")

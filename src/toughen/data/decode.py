@@ -21,7 +21,6 @@ from toughen.errors import InputError
 # named, since Pillow also knows formats that it hands to an interpreter (EPS to Ghostscript)
 _FORMATS = ("PNG", "JPEG", "BMP", "PPM", "WEBP", "TIFF", "GIF")
 _CHUNK = 512  # images per task: a task for each would cost more than decoding a small image
-_MAX_PIXELS = 100_000_000  # a file of a few kB can claim more than any memory holds
 
 _PILLOWS = (
     OSError,
@@ -84,7 +83,7 @@ class Decoder:
         """
         with _Opened(picture) as image:
             if self.image_size is None:
-                return _array(_eight_bits(image, self.channels))
+                return _array(eight_bits(image, self.channels))
             return _square(image, _middle(image, self.center), self.image_size, self.channels)
 
     def crop(self, picture: Encoded, box: Box) -> Pixels:
@@ -175,12 +174,6 @@ class _Opened:
         except Exception as error:
             self._explain(error)
             raise
-        if self.image.width * self.image.height > _MAX_PIXELS:
-            self.image.close()
-            raise InputError(
-                f"cannot decode the image {self.picture.name}: {self.image.width}x{self.image.height} pixels,"
-                f" more than {_MAX_PIXELS // 10**6} million; shrink or remove it"
-            )
         return self.image
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -216,7 +209,7 @@ def _square(image: Image.Image, box: tuple[float, float, float, float], size: in
     across, down = image.width / before[0], image.height / before[1]
     box = (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
     filtering = Image.Resampling.BOX if size <= side else Image.Resampling.LANCZOS
-    return _array(_eight_bits(image, channels).resize((size, size), filtering, box=box))
+    return _array(eight_bits(image, channels).resize((size, size), filtering, box=box))
 
 
 def _array(image: Image.Image) -> Pixels:
@@ -228,11 +221,20 @@ def _grey_mode(image: Image.Image) -> bool:
     return image.mode in ("1", "L") or image.mode.startswith("I")
 
 
-def _eight_bits(image: Image.Image, channels: int | None) -> Image.Image:
-    """Return the picture in mode L or RGB."""
+def eight_bits(image: Image.Image, channels: int | None) -> Image.Image:
+    """Return the picture in mode L or RGB; ``channels`` as for ``Decoder``.
+
+    Raises:
+        ValueError: Its levels are floats, or integers of more than 16 bits: what is white is not known.
+    """
     grey = _grey_mode(image)
     if image.mode.startswith("I"):  # 16 bits of grey, which convert("L") would clip instead of scale
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535 or (image.mode == "I" and levels.max() < 256):
+            raise ValueError(f"levels {levels.min()} to {levels.max()} of mode I; save it with 8 or 16 bits")
+        image = Image.fromarray((levels >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its levels are floats; save it with 8 or 16 bits")
     if image.mode == "P":  # by way of RGBA, or Pillow warns about palettes with transparency
         image = image.convert("RGBA")
     return image.convert("L" if channels == 1 or (channels is None and grey) else "RGB")

@@ -87,11 +87,22 @@ def image_files(root: Path, folder: Path) -> list[str]:
     Raises:
         InputError: There are none.
     """
-    names = sorted(name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in SUFFIXES)
+    found = (name for name in os.listdir(folder) if not name.startswith("."))  # macOS leaves ._NAME beside NAME
+    names = sorted(name for name in found if os.path.splitext(name)[1].lower() in SUFFIXES)
+    if broken := [name for name in names if not name.isascii() and not _is_text(name)]:
+        raise InputError(f"file name {os.fsencode(broken[0])!r} in {folder} is not valid UTF-8; rename it")
     if not names:
         raise InputError(f"class folder {folder} has no images ({', '.join(sorted(SUFFIXES))}); fill or remove it")
     within = folder.relative_to(root)
     return [str(within / name) for name in names]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _rows(root: Path, files: Sequence[Sequence[str]], classes: tuple[str, ...]) -> EncodedRows:

@@ -2,24 +2,36 @@
 
 import random
 from dataclasses import dataclass
-from typing import Any, Literal
+from operator import index
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
-from torch.utils.data.dataloader import default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+from torch.utils.data.dataloader import default_collate, default_convert
 
 from toughen import rng
 from toughen.data.augment import ResizedCrop
-from toughen.data.decode import Pixels
+from toughen.data.decode import Pixels, eight_bits
 from toughen.data.image_set import DataSplits, Images, ImageSet, check_labels
+from toughen.data.mapped import fits_memory
+from toughen.data.settings import Storage
 from toughen.data.splits import stratified_order
 from toughen.data.stream import StreamedSet
-from toughen.errors import InputError
+from toughen.errors import InputError, unknown
 
 TorchImages = Dataset[Any] | DataLoader[Any]
+_USUAL_COLLATES = (default_collate, default_convert)
 _LOOKS = 32  # images that are read twice to see whether a data set varies them: a coin per image hides from 2^-32
 
 
@@ -41,11 +53,8 @@ class DatasetReader:
 
     def read_for_training(self, row: int, crop: ResizedCrop | None, seed: int) -> Pixels:
         """See ``Reader.read_for_training``: what the data set draws at random is fixed by ``seed``."""
-        if crop is not None:
-            raise InputError("resized_crop is taken from a picture before it is decoded; let your data set crop itself")
-        with torch.random.fork_rng(devices=[]), _Seeded(seed):
-            image = self.dataset[row][0]
-        return _pixels(image, row)
+        assert crop is None  # the loader saw to it
+        return _pixels(_item(self.dataset, row, seed)[0], row)
 
 
 def from_torch(
@@ -55,7 +64,7 @@ def from_torch(
     validation: TorchImages | int = 1000,
     classes: tuple[str, ...] | None = None,
     name: str = "data",
-    storage: Literal["auto", "resident", "streamed"] = "auto",
+    storage: Storage = "auto",
     split_seed: int = 0,
 ) -> DataSplits:
     """Take images from data sets of your own, for ``Trainer(recipe, data=...)``.
@@ -71,12 +80,14 @@ def from_torch(
         classes: Names in the order of the labels; None takes the data set's ``classes``, or the numbers.
         name: For tables and messages.
         storage: ``"resident"`` reads everything once; ``"auto"`` does so unless reading an image twice gives
-            two different ones.
+            two different ones, or all of them take more than a quarter of the memory.
         split_seed: Of the held-out images.
 
     Raises:
         InputError: The data set has no length, an item has another form, or an image has NaN or is out of range.
     """
+    if storage not in get_args(Storage):
+        raise unknown("storage", str(storage), get_args(Storage))
     sources = {"train": _dataset(train), "test": _dataset(test)}
     if not isinstance(validation, int):
         sources["validation"] = _dataset(validation)
@@ -92,17 +103,18 @@ def from_torch(
             raise InputError(f"validation is {validation}; with {len(whole)} images it must be 1..{len(whole) - 1}")
         order = stratified_order(whole.labels, rng.generator(split_seed, "split"))
         sets["validation"], sets["train"] = whole.subset(order[:validation]), whole.subset(order[validation:])
-    return DataSplits(name, sets["train"], sets["validation"], sets["test"])
+    how = "read anew in each epoch" if isinstance(sets["train"], StreamedSet) else "kept in memory as uint8"
+    return DataSplits(name, sets["train"], sets["validation"], sets["test"], notes=(f"training images are {how}",))
 
 
 def _dataset(given: TorchImages) -> Any:
     dataset = given
     if isinstance(given, DataLoader):
         dataset = given.dataset
-        if not isinstance(given.sampler, RandomSampler | SequentialSampler) or given.collate_fn is not default_collate:
+        if not _is_plain(given):
             raise InputError(
-                "a DataLoader with a sampler or collate_fn of its own cannot be used: toughen draws the order itself,"
-                " so that runs can resume; pass the data set"
+                "a DataLoader with a sampler, batch_sampler or collate_fn of its own cannot be used: toughen draws the"
+                " order itself, so that runs can resume; pass the data set"
             )
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise InputError(
@@ -114,26 +126,47 @@ def _dataset(given: TorchImages) -> Any:
     return dataset
 
 
+def _is_plain(loader: DataLoader[Any]) -> bool:
+    """Return whether a loader serves each image of its data set once, in batches as torch makes them."""
+    sampler = loader.sampler
+    once = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
+    batches = loader.batch_sampler
+    plain = batches is None or (type(batches) is BatchSampler and batches.sampler is sampler)
+    return once and plain and loader.collate_fn in _USUAL_COLLATES and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+
+
 def _labels(dataset: Any) -> Tensor:
-    """Return the labels [N] from the attribute that torchvision's data sets have, or by reading every item."""
+    """Return the labels [N]: torchvision's attribute ``targets`` where it tells the truth, or every item's."""
     if isinstance(dataset, Subset):
         return _labels(dataset.dataset)[torch.as_tensor(dataset.indices)]
-    values = getattr(dataset, "targets", None)
-    if values is None or len(values) != len(dataset):
-        values = [_label(dataset, row) for row in range(len(dataset))]
-    labels = torch.as_tensor(values)
-    if labels.is_floating_point() or labels.ndim != 1:
-        raise InputError(f"labels are {labels.dtype} of shape {list(labels.shape)}; they must be one integer per image")
-    return labels.to(torch.int64)
+    targets = getattr(dataset, "targets", ())
+    looks = range(min(_LOOKS, len(dataset)))
+    # an item's label may be another than its target: target_transform, or a subclass that relabels
+    if len(targets) == len(dataset) and getattr(dataset, "target_transform", None) is None:
+        try:
+            if all(index(targets[row]) == _label(dataset, row) for row in looks):
+                return torch.tensor([index(target) for target in targets])
+        except TypeError:  # names, for example
+            pass
+    return torch.tensor([_label(dataset, row) for row in range(len(dataset))])
 
 
 def _label(dataset: Any, row: int) -> int:
-    item = dataset[row]
+    label = _item(dataset, row, seed=0)[1]
+    try:
+        return index(label)
+    except TypeError:
+        raise InputError(f"the label of item {row} is {label!r}; it must be one integer") from None
+
+
+def _item(dataset: Any, row: int, seed: int) -> tuple[Any, Any]:
+    """Read an item; what it draws at random is fixed by ``seed``, and nobody else's numbers move."""
+    with torch.random.fork_rng(devices=[]), _Seeded(seed):
+        item = dataset[row]
     if not isinstance(item, tuple | list) or len(item) != 2:
-        raise InputError(
-            f"item {row} of {type(dataset).__name__} is a {type(item).__name__}; it must be (image, label)"
-        )
-    return int(item[1])
+        given = f"item {row} of {type(dataset).__name__} is a {type(item).__name__}"
+        raise InputError(f"{given}; it must be (image, label)")
+    return item[0], item[1]
 
 
 def _images(dataset: Any, labels: Tensor, classes: tuple[str, ...], storage: str) -> Images:
@@ -141,7 +174,8 @@ def _images(dataset: Any, labels: Tensor, classes: tuple[str, ...], storage: str
     reader = DatasetReader(dataset)
     height, width, channels = reader.read(0).shape
     streamed = StreamedSet(reader, torch.arange(len(labels)), labels, classes, (channels, height, width))
-    if storage == "streamed" or (storage == "auto" and _varies(reader, len(labels))):
+    large = not fits_memory(len(labels) * channels * height * width)
+    if storage == "streamed" or (storage == "auto" and (large or _varies(reader, len(labels)))):
         return streamed
     return ImageSet(streamed.take(torch.arange(len(labels))).images, labels, classes)
 
@@ -174,9 +208,9 @@ class _Seeded:
 
 def _pixels(image: Any, row: int) -> Pixels:
     if isinstance(image, Image.Image):
-        image = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        image = np.asarray(eight_bits(image, None))
     if isinstance(image, Tensor):
-        image = _levels(image, row).permute(1, 2, 0).numpy()
+        image = _levels(image, row).permute(1, 2, 0).cpu().numpy()
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim not in (2, 3):
         raise InputError(
             f"image {row} is a {type(image).__name__}; it must be a PIL image, a tensor [C, H, W] (uint8, or float in"

@@ -110,12 +110,14 @@ def _npz_part(file: Path, shape: Shape) -> Part:
                 raise InputError(f"{file}: image has {member.file_size - start} bytes, its shape is {image_shape}")
         with np.load(file, allow_pickle=False) as arrays:
             labels = arrays["label"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"cannot read {file} as npz: {error}; write it with np.savez") from error
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{file}: label is {labels.dtype} of shape {labels.shape}; it must be a list of integers")
+    if len(labels) and labels.max() > np.iinfo(np.int64).max:  # as int64 it would wrap around to an image without one
+        raise InputError(f"{file}: label {labels.max()} is outside the classes")
     if len(image_shape) != 4 or image_shape[0] != len(labels):
         raise InputError(
             f"{file}: image has the shape {image_shape}, label {labels.shape}; needed: [N, H, W, C] and [N]"
@@ -192,7 +194,7 @@ def _together(parts: Sequence[Part], shape: Shape) -> Pixels:
     def write(path: Path) -> None:
         _fill(np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=whole), parts)
 
-    copy = cached_copy([part.path for part in parts], ".npy", math.prod(whole), write)
+    copy = cached_copy([part.path for part in parts], f".{channels}x{height}x{width}.npy", math.prod(whole), write)
     return np.lib.format.open_memmap(copy, mode="r")
 
 

@@ -47,7 +47,7 @@ def fetch(repository: str, *, local: str, config: str | None = None, tests: Sequ
         InputError: There is no such data set, none with these files, or no access to it; or the hub cannot be reached
             and the cache does not hold it.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repository) or re.search(r"--|\.\.|[.-](/|$)", repository):
         raise InputError(f"{repository!r} is not the name of a data set on the hub; write hf:OWNER/NAME")
     with _quiet():
         try:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -167,6 +167,13 @@ class DataSplits:
         mean, std = self.train.statistics()
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what tells these images from others without reading them, as plain values."""
+        parts = (self.train, self.validation, self.test)
+        labels = hashlib.sha256(b"".join(part.labels.numpy().tobytes() for part in parts)).hexdigest()
+        counts = [len(part) for part in parts]
+        return {"name": self.name, "counts": counts, "shape": list(self.train.shape), "labels_sha256": labels}
 
 
 def check_labels(labels: Tensor, classes: Sequence[str], *, smallest: int = 0) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from toughen import rng
 from toughen.data.augment import Augmentation, CropFlip, ResizedCrop
 from toughen.data.image_set import DataSplits, Images, ImageSet, Taken
-from toughen.data.stream import Place, StreamedSet, stream
+from toughen.data.stream import PictureReader, Place, StreamedSet, stream
 from toughen.errors import InputError
 from toughen.types import Batch
 
@@ -87,7 +87,7 @@ def train_loader(
     Raises:
         InputError: ``batch_size`` is below 1 or above the number of images, or holds no image of one kind.
     """
-    num_extra = 0 if splits.extra is None else int(batch_size * extra_fraction)
+    num_extra = 0 if splits.extra is None else round(batch_size * extra_fraction)
     if splits.extra is not None and not 0 < num_extra < batch_size:
         raise InputError(
             f"data.extra.fraction={extra_fraction:g} of a batch of {batch_size} is {num_extra} extra images;"
@@ -220,6 +220,10 @@ class StreamLoader:
         shard: Shard = Shard(),
     ) -> None:
         self._crop = next((member for member in augment if isinstance(member, ResizedCrop)), None)
+        if self._crop is not None and not isinstance(images.reader, PictureReader):
+            raise InputError(
+                "resized_crop is taken from a picture before it is decoded; let a data set of your own crop its images"
+            )
         rest = [member for member in augment if member is not self._crop]
         self._order = _Order(len(images), batch_size, seed, rest, shard)
         self.steps_per_epoch = self._order.steps_per_epoch
@@ -243,6 +247,8 @@ class StreamLoader:
         return (self._batch(number, step, part) for step, part in taken)
 
     def _batch(self, epoch: int, step: int, taken: Taken) -> Batch:
+        if not len(taken.images):
+            raise InputError("none of the images of a batch can be decoded; data.on_error=skip is for a few")
         self.skipped += self._order.batch_size - len(taken.images)
         images, labels, index = (part.to(self._device, non_blocking=True) for part in taken)
         return Batch(self._order.vary(images, epoch, step), labels, index)
@@ -340,14 +346,25 @@ def probe(
     if not 1 <= count <= len(images):
         raise InputError(f"count is {count}; with {len(images)} images it must be 1..{len(images)}")
     order = torch.randperm(len(images), generator=rng.generator(seed, "probe", position))
-    return list(_batches(images, order[:count], batch_size, device))
+    found: list[Batch] = []
+    missing = count
+    while missing and len(order):  # images that cannot be decoded are made up for by the next ones
+        batches = list(_batches(images, order[:missing], batch_size, device))
+        order = order[missing:]
+        missing -= sum(len(batch.y) for batch in batches)
+        found += batches
+    return found
 
 
 def _batches(images: Images, order: Tensor, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1")
     taken = (images.take(index) for index in torch.split(order, batch_size))
-    return (Batch(_to_unit(part.images.to(device)), part.labels.to(device), part.index.to(device)) for part in taken)
+    return (
+        Batch(_to_unit(part.images.to(device)), part.labels.to(device), part.index.to(device))
+        for part in taken
+        if len(part.index)  # nothing is left of a batch whose images were all skipped
+    )
 
 
 def _varied(images: Tensor, augment: Sequence[Augmentation], draws: torch.Generator) -> Tensor:

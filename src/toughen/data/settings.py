@@ -16,6 +16,8 @@ from toughen.registry import Registry
 Rows = ImageSet | EncodedRows  # in memory, or yet to be decoded
 Storage = Literal["auto", "resident", "streamed"]
 
+_MOST_WORKERS = 16  # unless asked for: a container on a large host is told of cores that it may not use
+
 
 @dataclass(frozen=True)
 class Source:
@@ -75,7 +77,7 @@ class DataSettings:
         storage: ``"resident"`` decodes everything once and keeps it as uint8 on the device; ``"streamed"`` decodes
             when an image is needed; ``"auto"`` is resident if the images fit.
         resident_share: Share of the memory that resident images may take, of the device and of the host.
-        workers: Processes that decode streamed training images; None is one per spare core.
+        workers: Processes that decode streamed training images; None is one per spare core, at most 16.
         on_error: ``"skip"`` leaves out images that cannot be decoded, and counts them.
         extra: Further training images to mix into every batch.
 
@@ -104,6 +106,11 @@ class DataSettings:
         self._check_path()
         check_choices(self, where="data")
         object.__setattr__(self, "augment", tuple(AUGMENTS[a]() if isinstance(a, str) else a for a in self.augment))
+        for member in self.augment:
+            if isinstance(member, type) or not isinstance(member, Augmentation):
+                raise InputError(
+                    f"data.augment holds {member!r}; it must be a name or an augmentation: {', '.join(AUGMENTS)}"
+                )
         if any(isinstance(member, ResizedCrop) for member in self.augment[1:]):
             raise InputError("data.augment: resized_crop must come first, since it is taken from the original picture")
         for key in ("validation", "train_samples", "test_samples", "image_size"):
@@ -126,7 +133,10 @@ class DataSettings:
     @property
     def num_workers(self) -> int:
         """Processes that decode streamed training images."""
-        return max(1, (os.cpu_count() or 1) - 1) if self.workers is None else self.workers
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(max(1, cores - 1), _MOST_WORKERS)
 
     def anchored(self) -> "DataSettings":
         """Return the same settings with absolute paths, so that they mean the same from another folder."""

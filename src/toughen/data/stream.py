@@ -121,7 +121,10 @@ class StreamedSet:
     def statistics(self) -> Statistics:
         """Return mean and standard deviation per channel, in [0, 1], over 1,000 images (or all of fewer)."""
         order = torch.randperm(len(self), generator=rng.generator(0, "statistics"))
-        return channel_statistics(self.take(order[:_STATISTICS_OVER]).images)
+        images = self.take(order[:_STATISTICS_OVER]).images
+        if not len(images):
+            raise InputError("none of the training images can be decoded; data.on_error=skip is for a few")
+        return channel_statistics(images)
 
     def digest(self) -> str:
         """Return a checksum (SHA-256) of pixels and labels, as ``ImageSet.digest``; it decodes every image."""
@@ -140,7 +143,7 @@ class Place:
     index: Tensor
 
 
-class _Workers(Dataset[tuple[int, Taken | str]]):
+class _BatchReader(Dataset[tuple[int, Taken | str]]):
     """What a worker process does: whole batches, so that one message carries each; a user's mistake as its text."""
 
     def __init__(self, images: StreamedSet, crop: ResizedCrop | None, seed: int, epoch: int) -> None:
@@ -182,7 +185,7 @@ def stream(
         InputError: An image cannot be decoded, and the set does not skip it.
     """
     loader = DataLoader(
-        _Workers(images, crop, seed, epoch),
+        _BatchReader(images, crop, seed, epoch),
         batch_size=None,
         sampler=places,  # a batch is one item here
         num_workers=workers,
@@ -191,14 +194,23 @@ def stream(
         worker_init_fn=_worker,
         generator=torch.Generator(),  # its own, so that torch's global state is left alone
     )
-    for step, taken in loader:
-        if isinstance(taken, str):
-            raise InputError(taken)
-        yield step, taken
+    try:
+        for step, taken in loader:
+            if isinstance(taken, str):
+                raise InputError(taken)
+            yield step, taken
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise InputError(
+            "a worker process that decodes images was killed (out of memory, or /dev/shm is too small); set"
+            " data.workers to less"
+        ) from error
 
 
 def _worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's, which finishes its step first
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process's, which finishes its step first
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _or_skip(on_error: OnError, read: Callable[[], Pixels]) -> Pixels | None:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from toughen.errors import InputError
+from toughen.errors import InputError, first_line
 from toughen.models import restore_weights
 
 FORMAT = 1
@@ -65,7 +65,7 @@ def load(folder: Path, model: nn.Module) -> dict[str, Any]:
     try:
         state = torch.load(whole / STATE, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"checkpoint {whole} is damaged: {_first_line(error)}") from None
+        raise InputError(f"checkpoint {whole} is damaged: {first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"checkpoint {whole} is not of format {FORMAT}; it was written by another version of toughen")
     restore_weights(model, whole / WEIGHTS)
@@ -95,7 +95,3 @@ def _sums(folder: Path) -> str:
 
 def _predecessor(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -105,10 +105,11 @@ class Trainer:
         self._stop_asked = False
         if resume:
             self.folder = RunFolder.open(Path(out or ""))
+            self._check_images()
         else:
             folder = Path(out) if out else RunFolder.free(f"{recipe.model.name}-{recipe.data.name}")
             facts = provenance(seed=self.settings.seed, device=self.device, precision=pick_precision(self.settings))
-            self.folder = RunFolder.create(folder, recipe.document(), facts)
+            self.folder = RunFolder.create(folder, recipe.document(), {**facts, "images": self.data.identity()})
         if checkpoint.exists(self.folder.checkpoints / "last"):
             self._resume()
         elif start is not None:
@@ -314,6 +315,15 @@ class Trainer:
         state = {**vars(now), "live": self.live.state_dict(), "optimizer": self.optimizer.state_dict()}
         checkpoint.save(self.folder.checkpoints / name, self.model, state)
 
+    def _check_images(self) -> None:
+        began = self.folder.provenance().get("images")
+        if began is not None and began != self.data.identity():
+            raise InputError(
+                f"run {self.folder.path} began on other images ({began['name']}, {began['counts'][0]} for training)"
+                f" than these ({self.data.name}, {len(self.data.train)}); if they were your own, go on in Python:"
+                " Trainer(recipe, data=..., resume=True)"
+            )
+
     def _resume(self) -> None:
         """Take up this run where its last checkpoint left it, in the middle of an epoch or between two."""
         state = checkpoint.load(self.folder.checkpoints / "last", self.model)
@@ -375,19 +385,20 @@ def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0, st
     Raises:
         InputError: The network cannot be built, its weights do not fit, or it does not take these images.
     """
+    _, height, width = data.train.shape
     model = models.create(
         settings.name,
         num_classes=len(data.train.classes),
         width=settings.width,
         in_channels=data.train.shape[0],
-        image_size=data.train.shape[1],
+        image_size=height if height == width else None,
         mean=settings.mean,
         std=settings.std,
         data_statistics=(data.mean, data.std),
         seed=seed,
-        pretrained=settings.pretrained and start_weights,
+        pretrained=(settings.pretrained or None) if start_weights else False,
         weights=settings.weights if start_weights else None,
-        classifier=settings.classifier,
+        classifier=settings.classifier if start_weights else "loaded",
     )
     models.check_fit(model, image_shape=data.train.shape, num_classes=len(data.train.classes))
     return model
@@ -397,8 +408,13 @@ def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str
     """Return the training batches of a recipe.
 
     Raises:
-        InputError: The batch size does not fit the data.
+        InputError: The batch size does not fit the data, or the recipe names extra images that the data has not.
     """
+    if recipe.data.extra is not None and data.extra is None:
+        raise InputError(
+            f"data.extra is {recipe.data.extra.path}, and these images of your own come without; give them as"
+            " DataSplits(..., extra=...)"
+        )
     return datasets.train_loader(
         data,
         batch_size=recipe.train.batch_size,

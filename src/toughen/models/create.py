@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def create(
     std: Sequence[float] | None = None,
     data_statistics: Statistics | None = None,
     seed: int | None = None,
-    pretrained: bool = False,
+    pretrained: bool | None = None,
     weights: str | Path | None = None,
     classifier: Classifier = "loaded",
 ) -> nn.Module:
@@ -68,7 +69,8 @@ def create(
         data_statistics: Mean and standard deviation of the training images.
         seed: Draws the initial weights from the stream ``"init"`` and leaves torch's global random state as it was.
             None draws them from the global state, as ``nn.Module`` does.
-        pretrained: timm and torchvision: with their published weights; the last layer is new for other classes.
+        pretrained: timm and torchvision: with their published weights; the last layer is new for other classes. None
+            is without, but for the hub, whose networks come with theirs unless it is False.
         weights: A file of weights; see ``fit_weights``.
         classifier: ``"new"`` keeps the last layer as drawn, and takes the rest from the weights.
 
@@ -89,6 +91,7 @@ def create(
     _check_sizes(num_classes=num_classes, width=width, in_channels=in_channels, image_size=image_size)
     origin, name = _split(spec)
     _check_fitting(origin, spec, width=width, mean=mean, std=std, pretrained=pretrained, weights=weights)
+    _check_classifier(classifier, origin, pretrained=pretrained, weights=weights)
     if origin == "robustbench":
         entry = robustbench.find(name, num_classes=num_classes)
         (origin, name), width = _split(entry.spec), entry.width
@@ -106,7 +109,7 @@ def create(
                 stacklevel=2,
             )
         return model
-    published = pretrained or (origin == "hub" and weights is None)
+    published = origin == "hub" and weights is None if pretrained is None else pretrained
     with _initial_weights(seed):
         foreign = SOURCES[origin].build(name, Wanted(num_classes, in_channels, image_size, published, classifier))
     model, file = foreign.network, weights or foreign.weights
@@ -190,7 +193,7 @@ def _check_fitting(
     width: int | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
-    pretrained: bool,
+    pretrained: bool | None,
     weights: str | Path | None,
 ) -> None:
     """Refuse arguments that mean nothing for networks of this origin."""
@@ -205,6 +208,15 @@ def _check_fitting(
         raise InputError(f"{spec} is given only one of mean and std; give both, or neither for no normalisation")
 
 
+def _check_classifier(
+    classifier: str, origin: str | None, *, pretrained: bool | None, weights: str | Path | None
+) -> None:
+    if classifier not in get_args(Classifier):
+        raise unknown("classifier", str(classifier), get_args(Classifier))
+    if classifier == "new" and not pretrained and weights is None and (origin != "hub" or pretrained is False):
+        raise InputError("classifier is 'new', which means something only beside weights; give weights or pretrained")
+
+
 def _usual(in_channels: int) -> Statistics:
     return CIFAR10 if in_channels == len(CIFAR10[0]) else ((0.5,) * in_channels, (0.5,) * in_channels)
 
@@ -216,6 +228,8 @@ def _normalize(
     for what, given in (("mean", mean), ("std", std)):
         if given is not None and len(given) != in_channels:
             raise InputError(f"{what} has {len(given)} numbers; in_channels={in_channels} needs {in_channels}")
+        if given is not None and any(abs(value) > 1 for value in given):
+            raise InputError(f"{what} is {tuple(given)}; it is for pixels in [0, 1], so divide levels by 255")
     fitted = [own if len(own) == in_channels else (sum(own) / len(own),) * in_channels for own in usual]
     return Normalize(fitted[0] if mean is None else mean, fitted[1] if std is None else std)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from toughen.errors import InputError
+from toughen.errors import InputError, first_line
 
 
 def check_fit(model: nn.Module, *, image_shape: tuple[int, int, int], num_classes: int) -> None:
@@ -27,7 +27,7 @@ def check_fit(model: nn.Module, *, image_shape: tuple[int, int, int], num_classe
     except InputError:
         raise
     except Exception as error:  # whatever a network says when its input does not suit it
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(
             f"the model {type(model).__name__} does not take {size}: {reason}; set data.image_size or another model"
         ) from error

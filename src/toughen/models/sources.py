@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from toughen.errors import InputError, unknown
+from toughen.errors import InputError, first_line, unknown
 from toughen.models.weights import Classifier, fit_weights
 
 Statistics = tuple[Sequence[float], Sequence[float]]
@@ -211,7 +211,7 @@ def _function(spec: str) -> Callable[..., Any]:
         module = importlib.import_module(place)
     except ImportError as error:
         raise InputError(
-            f"model {spec!r} cannot be imported ({_first_line(error)}); install its package, or set PYTHONPATH to the"
+            f"model {spec!r} cannot be imported ({first_line(error)}); install its package, or set PYTHONPATH to the"
             " folder that it is in"
         ) from error
     if not callable(function := vars(module).get(name)):
@@ -229,7 +229,10 @@ def _build_function(spec: str, wanted: Wanted) -> Foreign:
         InputError: It is not there, needs other arguments, or returns something else than a module.
     """
     function = _function(spec)
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        raise InputError(f"{spec} does not say what arguments it takes; wrap it in a function that does") from None
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
     offered = {key: getattr(wanted, key) for key in ("num_classes", "in_channels", "image_size")}
     given = {k: v for k, v in offered.items() if k in signature.parameters or (open_ended and k == "num_classes")}
@@ -252,7 +255,7 @@ def _building(spec: str, asked: Mapping[str, Any]) -> Iterator[None]:
         yield
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         told = ", ".join(f"{key}={value}" for key, value in asked.items())
-        raise InputError(f"{spec} cannot be built with {told}: {_first_line(error)}") from error
+        raise InputError(f"{spec} cannot be built with {told}: {first_line(error)}") from error
 
 
 @contextmanager
@@ -263,12 +266,8 @@ def _fetching(spec: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, EntryNotFoundError) as error:
         raise InputError(
-            f"the published weights of {spec} cannot be had ({_first_line(error)}); without a network give weights=FILE"
+            f"the published weights of {spec} cannot be had ({first_line(error)}); without a network give weights=FILE"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 USER = "package.module:function"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from toughen.errors import InputError
+from toughen.errors import InputError, first_line
 
 
 class _Skipped:
@@ -82,7 +82,7 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
     except UnpicklingError as error:
         raise InputError(f"weights file {file} {_refusal(error)}") from None
     except Exception as error:  # the readers of a damaged file raise whatever they stumble over
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise InputError(f"weights file {file} is damaged, or no weights file: {reason}") from None
     if not tensors:
         raise InputError(f"weights file {file} holds no named tensors, only a {type(document).__name__}")

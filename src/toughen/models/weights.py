@@ -95,7 +95,16 @@ def _split_normalize(model: nn.Module) -> tuple[Normalize | None, dict[str, Tens
 
 
 def _last_linear(model: nn.Module) -> set[str]:
-    """Name the parameters of the last layer in order of definition, if it is linear: the classifier."""
+    """Name the parameters of the classifier: what the network itself calls so, or the last layer defined, if linear."""
+    for place, module in model.named_modules():
+        if callable(getattr(module, "get_classifier", None)):
+            head = module.get_classifier()
+            names = (
+                {id(parameter): key for key, parameter in head.named_parameters()}
+                if isinstance(head, nn.Linear)
+                else {}
+            )
+            return {f"{place}.{n}".removeprefix(".") for n, p in module.named_parameters() if id(p) in names}
     owners = [(name, module) for name, module in model.named_modules() if list(module.parameters(recurse=False))]
     name, last = owners[-1] if owners else ("", model)
     linear = isinstance(last, nn.Linear) or (isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1))

@@ -1,5 +1,6 @@
 """What an augmentation is, where they are registered, and what their settings and draws have in common."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,7 +48,7 @@ def check_ranges(augmentation: Augmentation, ranges: Iterable[str], *, largest: 
     """
     for name in ranges:
         given: Any = getattr(augmentation, name)
-        if len(given) != 2 or not 0 < given[0] <= given[1] <= largest:
+        if len(given) != 2 or not 0 < given[0] <= given[1] <= largest or not math.isfinite(given[1]):
             bound = "" if largest == float("inf") else f" <= {largest:g}"
             of = AUGMENTS.name_of(type(augmentation))
             raise InputError(f"{of}'s {name} is {given}; it must be a pair (low, high) with 0 < low <= high{bound}")
