@@ -274,3 +274,9 @@ def test_clat_paper_takes_every_option_of_clat_and_needs_a_lambda():
     assert resolve(recipe.document()) == recipe
     with pytest.raises(InputError, match="lam is missing"):
         load_recipe("cifar10_smoke", [methods % ""])
+
+
+def test_another_network_does_not_inherit_the_width_of_the_recipes_own():
+    assert load_recipe("digits").model.width == 16
+    assert load_recipe("digits", ["model.name=timm/resnet18"]).model.width is None
+    assert load_recipe("digits", ["model.name=resnet18", "model.width=8"]).model.width == 8

@@ -132,6 +132,20 @@ def test_a_random_crop_before_decoding_is_refused_for_images_of_ones_own() -> No
         train_loader(splits, batch_size=2, device="cpu", seed=0, augment=(ResizedCrop(),))
 
 
+def test_images_that_vary_where_they_must_not_are_told_or_refused() -> None:
+    with pytest.raises(InputError, match="the test images vary at random when they are read again"):
+        from_torch(Pictures(), Pictures(vary=True), validation=2)
+    assert any(
+        "held out of a data set that varies" in n
+        for n in from_torch(Pictures(vary=True), Pictures(), validation=2).notes
+    )
+
+
+def test_a_class_without_a_training_image_is_named() -> None:
+    with pytest.raises(InputError, match=r"no training image of the class '2' \(label 2\)"):
+        from_torch(tensors(), TensorDataset(torch.zeros(1, 1, 4, 4), torch.tensor([2])), validation=2)
+
+
 def labelled(label: Any) -> list[Any]:
     return [(torch.zeros(1, 2, 2), label)] * 4
 

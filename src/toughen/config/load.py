@@ -33,7 +33,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         name: A name of ``toughen list recipes``, or the path of a YAML file.
-        overrides: ``"key.path=value"``; values are YAML, list items are addressed by number.
+        overrides: ``"key.path=value"``; values are YAML, list items are addressed by number. Another ``model.name``
+            comes with its own width, unless ``model.width`` is given too.
 
     Raises:
         InputError: Unknown recipe or key, a value of the wrong type, settings that contradict each other.
@@ -41,6 +42,9 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     document = read_document(name)
     for override in overrides:
         _override(document, override)
+    given = {override.partition("=")[0] for override in overrides}
+    if "model.name" in given and "model.width" not in given and isinstance(document.get("model"), dict):
+        document["model"].pop("width", None)  # it was the width of the recipe's own network
     return resolve(document)
 
 

@@ -183,7 +183,9 @@ class _Opened:
 
     def _explain(self, error: BaseException) -> None:
         if isinstance(error, _PILLOWS) and not isinstance(error, InputError):
-            raise InputError(f"cannot decode the image {self.picture.name}: {error}") from error
+            raise InputError(
+                f"cannot decode the image {self.picture.name}: {error}; remove it, or set data.on_error=skip"
+            ) from error
 
 
 @contextmanager

@@ -94,6 +94,13 @@ def from_torch(
     labels = {part: _labels(dataset) for part, dataset in sources.items()}
     names = classes or tuple(getattr(sources["train"], "classes", ()))
     names = tuple(map(str, names)) or tuple(str(c) for c in range(max(int(y.max()) for y in labels.values()) + 1))
+    if missing := set(range(len(names))) - set(labels["train"].tolist()):
+        raise InputError(
+            f"no training image of the class {names[min(missing)]!r} (label {min(missing)}); labels count from 0"
+        )
+    for part in ("test", "validation"):
+        if part in sources and _varies(DatasetReader(sources[part]), len(labels[part])):
+            raise InputError(f"the {part} images vary at random when they are read again; leave random transforms out")
     sets: dict[str, Images] = {
         part: _images(dataset, labels[part], names, storage) for part, dataset in sources.items()
     }
@@ -104,7 +111,10 @@ def from_torch(
         order = stratified_order(whole.labels, rng.generator(split_seed, "split"))
         sets["validation"], sets["train"] = whole.subset(order[:validation]), whole.subset(order[validation:])
     how = "read anew in each epoch" if isinstance(sets["train"], StreamedSet) else "kept in memory as uint8"
-    return DataSplits(name, sets["train"], sets["validation"], sets["test"], notes=(f"training images are {how}",))
+    notes = [f"training images are {how}"]
+    if isinstance(validation, int) and _varies(DatasetReader(sources["train"]), len(labels["train"])):
+        notes.append("validation images are held out of a data set that varies them; better give validation apart")
+    return DataSplits(name, sets["train"], sets["validation"], sets["test"], notes=tuple(notes))
 
 
 def _dataset(given: TorchImages) -> Any:

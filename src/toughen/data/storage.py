@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from toughen.data.augment import ResizedCrop
 from toughen.data.decode import Decoder, Encoded, check_size, decode, is_grey, size_of
 from toughen.data.encoded import EncodedRows
 from toughen.data.image_set import Images, ImageSet
@@ -50,6 +51,8 @@ def keep(parts: Sequence[Rows], settings: DataSettings, device: torch.device) ->
     allowed = settings.resident_share * _memory(device)
     if settings.storage == "resident" or (settings.storage == "auto" and needed <= allowed):
         return _resident(encoded, settings)
+    if settings.image_size is None and settings.storage == "streamed":
+        raise InputError("data.storage is 'streamed', which needs data.image_size: all images are brought to it")
     if settings.image_size is None:
         raise InputError(
             f"{sum(map(len, parts))} images of {width}x{height} need {needed / 2**30:.1f} GiB, and data.resident_share"
@@ -72,9 +75,13 @@ def _resident(parts: Sequence[EncodedRows], settings: DataSettings) -> Kept:
     )
     size = sum(part.images.numel() for part in (train, validation, test))
     skipped = [name for part in decoded for name in part.skipped]
-    return Kept(
-        train, validation, test, (f"images are kept in memory as uint8 ({size / 2**20:.0f} MiB)", *_told(skipped))
-    )
+    notes = [f"images are kept in memory as uint8 ({size / 2**20:.1f} MiB)", *_told(skipped)]
+    if any(isinstance(member, ResizedCrop) for member in settings.augment) and settings.image_size is not None:
+        notes.append(
+            f"resized_crop cuts from the images at {settings.image_size} pixels;"
+            " data.storage=streamed cuts from the files"
+        )
+    return Kept(train, validation, test, tuple(notes))
 
 
 def _streamed(parts: Sequence[EncodedRows], settings: DataSettings) -> Kept:

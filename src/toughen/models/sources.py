@@ -209,7 +209,7 @@ def _function(spec: str) -> Callable[..., Any]:
     place, _, name = spec.partition(":")
     try:
         module = importlib.import_module(place)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise InputError(
             f"model {spec!r} cannot be imported ({first_line(error)}); install its package, or set PYTHONPATH to the"
             " folder that it is in"
@@ -229,6 +229,8 @@ def _build_function(spec: str, wanted: Wanted) -> Foreign:
         InputError: It is not there, needs other arguments, or returns something else than a module.
     """
     function = _function(spec)
+    if isinstance(function, nn.Module):
+        raise InputError(f"{spec} is a model, not a function that returns one; name a function or a class")
     try:
         signature = inspect.signature(function)
     except ValueError:
@@ -240,7 +242,12 @@ def _build_function(spec: str, wanted: Wanted) -> Foreign:
         signature.bind(**given)
     except TypeError as error:
         raise InputError(f"{spec} cannot be called with {', '.join(given) or 'no arguments'}: {error}") from None
-    network = function(**given)
+    try:
+        network = function(**given)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{spec} fails with {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"{spec} returns a {type(network).__name__}; it must return a torch.nn.Module")
     return Foreign(network, None)
