@@ -410,6 +410,7 @@ def test_a_file_of_weights_that_would_run_code_is_refused(refused, tmp_path):
     ("words", "expected"),
     [
         (["resnet81"], ["unknown model 'resnet81'", "did you mean 'resnet18'"]),
+        (["torchvision/rsnet18"], ["rsnet18", "did you mean 'resnet18'"]),
         (["gone/run"], ["gone/run is neither a run folder, nor a weights file, nor a model"]),
         (["gone.safetensors"], ["gone.safetensors is neither a run folder, nor a weights file, nor a model"]),
         (["small_cnn", "--eps", "-1"], ["eps is -1"]),

@@ -14,6 +14,7 @@ from toughen.data import DataSplits
 from toughen.engine import ModelSettings, Recipe, checkpoint, create_model, pick_device
 from toughen.errors import InputError
 from toughen.models import MODELS
+from toughen.models.create import FOLDERS
 from toughen.run_folder import RunFolder
 from toughen.types import ThreatModel
 
@@ -53,7 +54,8 @@ def find_target(options: argparse.Namespace) -> Target:
         return _model(options, _of_file(options, given))
     if options.model is not None:
         raise InputError(f"--model is for a weights file, and there is no file {given}")
-    if not models.is_spec(options.target) and (given.suffix or len(given.parts) > 1):
+    elsewhere = options.target.partition("/")[0] in FOLDERS  # then what is wrong is the name behind the slash
+    if not (elsewhere or models.is_spec(options.target)) and (given.suffix or len(given.parts) > 1):
         raise InputError(f"{given} is neither a run folder, nor a weights file, nor a model: {', '.join(MODELS)}")
     models.check_spec(options.target)
     trained = options.pretrained or options.target.startswith("hub/")
