@@ -32,7 +32,8 @@ class Shard:
 class TrainLoader(Protocol):
     """Training batches, epoch by epoch.
 
-    A batch depends on seed, epoch and step alone, so a run can resume anywhere.
+    A batch depends on seed, epoch and step alone, so a run can resume anywhere. It is smaller only where images that
+    cannot be decoded are skipped.
 
     Attributes:
         steps_per_epoch: Batches in an epoch.
@@ -41,10 +42,6 @@ class TrainLoader(Protocol):
 
     steps_per_epoch: int
     images_per_epoch: int
-
-    @property
-    def skipped(self) -> int:
-        """Images that could not be decoded so far, and were left out."""
 
     def epoch(self, number: int, *, start_step: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch.
@@ -176,7 +173,6 @@ class DeviceLoader:
         self._order = _Order(len(images), batch_size, seed, augment, shard)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
-        self.skipped = 0
         self._images = images.images.to(device)
         self._labels = images.labels.to(device)
 
@@ -228,7 +224,6 @@ class StreamLoader:
         self._order = _Order(len(images), batch_size, seed, rest, shard)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
-        self.skipped = 0
         self._images = images
         self._device = torch.device(device)
         self._workers = workers
@@ -249,7 +244,6 @@ class StreamLoader:
     def _batch(self, epoch: int, step: int, taken: Taken) -> Batch:
         if not len(taken.images):
             raise InputError("none of the images of a batch can be decoded; data.on_error=skip is for a few")
-        self.skipped += self._order.batch_size - len(taken.images)
         images, labels, index = (part.to(self._device, non_blocking=True) for part in taken)
         return Batch(self._order.vary(images, epoch, step), labels, index)
 
@@ -292,11 +286,6 @@ class MixedLoader:
         whole = num_own + num_extra
         self.steps_per_epoch = min(math.ceil(num_train / (whole * shard.count)), loader.steps_per_epoch)
         self.images_per_epoch = self.steps_per_epoch * whole
-
-    @property
-    def skipped(self) -> int:
-        """See ``TrainLoader``."""
-        return self._loader.skipped
 
     def epoch(self, number: int, *, start_step: int = 0) -> Iterator[Batch]:
         """See ``TrainLoader.epoch``."""

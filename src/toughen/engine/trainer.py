@@ -46,6 +46,7 @@ class _Progress:
     epoch: int = 0
     step: int = 0
     seconds: float = 0.0
+    skipped: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     best: float = -1.0
     best_epoch: int = 0
@@ -163,6 +164,7 @@ class Trainer:
         self.model.train()
         for batch in self.loader.epoch(now.epoch, start_step=now.step):
             self._step(batch)
+            now.skipped += self.settings.batch_size - len(batch.y)
             now.step += 1
             progress.at(now.epoch * self.loader.steps_per_epoch + now.step)
             stop = self._stop_asked  # once per step: a wish that comes later waits for the next
@@ -230,7 +232,7 @@ class Trainer:
             "lr": lr,
             "seconds": now.seconds,
             "images_per_second": self.loader.images_per_epoch / now.seconds,
-            **({"skipped_images": self.loader.skipped} if self.loader.skipped else {}),
+            **({"skipped_images": now.skipped} if now.skipped else {}),
             "trainable_share": self._trainable_share(),
             "selected": self.live.selected,
             "gflops_per_image": now.flops / 1e9,
@@ -240,7 +242,7 @@ class Trainer:
         if now.epoch % self.settings.validate_every == 0 or now.epoch == self.recipe.stop_epoch:
             row["validation"] = self._validate()
         now.log.append(row)
-        now.seconds = 0.0
+        now.seconds, now.skipped = 0.0, 0
         better = "validation" in row and row["validation"]["robust"] > now.best
         if better:
             now.best, now.best_epoch = row["validation"]["robust"], now.epoch
