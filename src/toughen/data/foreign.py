@@ -98,11 +98,12 @@ def from_torch(
         raise InputError(
             f"no training image of the class {names[min(missing)]!r} (label {min(missing)}); labels count from 0"
         )
+    varies = {part: _varies(DatasetReader(dataset), len(dataset)) for part, dataset in sources.items()}
     for part in ("test", "validation"):
-        if part in sources and _varies(DatasetReader(sources[part]), len(labels[part])):
+        if varies.get(part):
             raise InputError(f"the {part} images vary at random when they are read again; leave random transforms out")
     sets: dict[str, Images] = {
-        part: _images(dataset, labels[part], names, storage) for part, dataset in sources.items()
+        part: _images(dataset, labels[part], names, storage, varies=varies[part]) for part, dataset in sources.items()
     }
     if isinstance(validation, int):
         whole = sets["train"]
@@ -112,7 +113,7 @@ def from_torch(
         sets["validation"], sets["train"] = whole.subset(order[:validation]), whole.subset(order[validation:])
     how = "read anew in each epoch" if isinstance(sets["train"], StreamedSet) else "kept in memory as uint8"
     notes = [f"training images are {how}"]
-    if isinstance(validation, int) and _varies(DatasetReader(sources["train"]), len(labels["train"])):
+    if isinstance(validation, int) and varies["train"]:
         notes.append("validation images are held out of a data set that varies them; better give validation apart")
     return DataSplits(name, sets["train"], sets["validation"], sets["test"], notes=tuple(notes))
 
@@ -179,13 +180,13 @@ def _item(dataset: Any, row: int, seed: int) -> tuple[Any, Any]:
     return item[0], item[1]
 
 
-def _images(dataset: Any, labels: Tensor, classes: tuple[str, ...], storage: str) -> Images:
+def _images(dataset: Any, labels: Tensor, classes: tuple[str, ...], storage: Storage, *, varies: bool) -> Images:
     check_labels(labels, classes)
     reader = DatasetReader(dataset)
     height, width, channels = reader.read(0).shape
     streamed = StreamedSet(reader, torch.arange(len(labels)), labels, classes, (channels, height, width))
     large = not fits_memory(len(labels) * channels * height * width)
-    if storage == "streamed" or (storage == "auto" and (large or _varies(reader, len(labels)))):
+    if storage == "streamed" or (storage == "auto" and (large or varies)):
         return streamed
     return ImageSet(streamed.take(torch.arange(len(labels))).images, labels, classes)
 
