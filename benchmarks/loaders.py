@@ -89,14 +89,14 @@ def main() -> None:
             train_samples=options.samples,
             test_samples=10,
             image_size=32,
-            storage=storage,  # type: ignore[arg-type]
+            storage=storage,
         )
         return data.load(settings, device=device)
 
     resident, streamed = splits("resident"), splits("streamed")
     ours = {"batch_size": BATCH, "device": device, "seed": 0, "augment": (CropFlip(pad=4),)}
-    on_device = data.train_loader(resident, **ours)  # type: ignore[arg-type]
-    by_workers = data.train_loader(streamed, workers=options.workers, **ours)  # type: ignore[arg-type]
+    on_device = data.train_loader(resident, **ours)
+    by_workers = data.train_loader(streamed, workers=options.workers, **ours)
 
     def usual(dataset: Dataset[tuple[torch.Tensor, int]]) -> Callable[[int], Iterable[object]]:
         loader = DataLoader(
@@ -112,7 +112,7 @@ def main() -> None:
 
     kinds: dict[str, Callable[[int], Iterable[object]]] = {
         "on the device": on_device.epoch,
-        "torchvision, decoded arrays": usual(Decoded(resident.train.images, resident.train.labels)),  # type: ignore[attr-defined]
+        "torchvision, decoded arrays": usual(Decoded(resident.train.images, resident.train.labels)),
         "streamed by workers": by_workers.epoch,
         "torchvision, encoded files": usual(Encoded(streamed)),
     }

@@ -407,3 +407,24 @@ def test_restoring_is_exact_about_names(tmp_path: Path) -> None:
     torch.save(prefixed("module.", net().state_dict()), tmp_path / "a.pt")
     with pytest.raises(InputError, match=r"it lacks 40 of 40 tensors .* it has 40 others"):
         restore_weights(net(), tmp_path / "a.pt")
+
+
+class HeadFirst(nn.Module):
+    """Defines its classifier before its other layers, and says which it is, as timm's networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.body = nn.Conv2d(1, 4, 1)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+
+def test_the_new_classifier_is_what_the_network_calls_so(tmp_path: Path) -> None:
+    saved, model = HeadFirst(), HeadFirst()
+    drawn = model.head.weight.clone()
+    torch.save(saved.state_dict(), tmp_path / "weights.pt")
+    load_weights(model, tmp_path / "weights.pt", classifier="new")
+    assert torch.equal(model.head.weight, drawn)
+    assert torch.equal(model.body.weight, saved.body.weight)

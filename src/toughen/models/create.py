@@ -56,7 +56,8 @@ def create(
         spec: Which network.
         num_classes: Number of logits, at least 2.
         width: Built-in networks: channels of the first stage; the others are multiples of it. None is the published
-            network's (64 for the ResNets, 16 for ``small_cnn``).
+            network's (64 for ResNets, DenseNet and VGG, 16 times the widening factor for wide ResNets, 216 for
+            ``rawrn70_16``, 16 for ``small_cnn``).
         in_channels: Channels of the images.
         image_size: Sides of the images in pixels, for those of timm's networks that are built for one size. Where it
             is given, a network from elsewhere is tried on one image of that size.

@@ -13,7 +13,7 @@ def conv3x3(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Conv2
 
 
 def conv1x1(channels_in: int, channels_out: int, *, stride: int = 1) -> nn.Conv2d:
-    """Return a 1x1 convolution without bias: the projection on a shortcut."""
+    """Return a 1x1 convolution without bias: a projection, or a bottleneck."""
     return nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=stride, bias=False)
 
 
