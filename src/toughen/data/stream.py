@@ -4,6 +4,7 @@ import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from toughen.errors import InputError
 
 _STATISTICS_OVER = 1000  # images; the standard error of a channel's mean is then below 0.01
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)  # the main process's, which finishes its step first
 _CHUNK = 1024  # images that are decoded at a time to compute a checksum
 
 
@@ -195,7 +197,9 @@ def stream(
         generator=torch.Generator(),  # its own, so that torch's global state is left alone
     )
     try:
-        for step, taken in loader:
+        with _signals_held():  # workers start with them held, and never meet one that was meant for the whole group
+            batches = iter(loader)
+        for step, taken in batches:
             if isinstance(taken, str):
                 raise InputError(taken)
             yield step, taken
@@ -209,8 +213,17 @@ def stream(
 
 
 def _worker(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process's, which finishes its step first
+    for number in _STOPS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _or_skip(on_error: OnError, read: Callable[[], Pixels]) -> Pixels | None:
