@@ -1,6 +1,7 @@
 """What a user did wrong, said in one line. Knows nothing of the rest of the package."""
 
 from collections.abc import Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -51,7 +52,8 @@ def check_choices(settings: Any, *, where: str) -> None:
     Raises:
         InputError: Names the setting, the value, what is allowed and the nearest match.
     """
-    for name, hint in get_type_hints(type(settings)).items():
-        value = getattr(settings, name)
+    hints = get_type_hints(type(settings))
+    for name in (field.name for field in fields(settings)):
+        value, hint = getattr(settings, name), hints[name]
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise unknown(f"{where} {name}", str(value), [str(choice) for choice in get_args(hint)])

@@ -44,25 +44,41 @@ class ThreatModel:
 
 
 class Batch(NamedTuple):
-    """A minibatch. ``x``: [B, C, H, W], float, in [0, 1]. ``y``: [B], int64. ``index``: [B], place in the data set."""
+    """A minibatch.
+
+    Attributes:
+        x: [B, C, H, W], float, in [0, 1].
+        y: [B], int64; -1 is an image without a label.
+        index: [B], int64, place in the data set; None where nobody counts.
+        source: [B, H, W], int64: from which pixel (row * W + column) of the stored image each pixel was moved here by
+            augmentation, -1 for a pixel that has none; None where nobody asked for it.
+        start: [B, C, H, W], where attacks begin to search; None leaves that to the attack.
+    """
 
     x: Tensor
     y: Tensor
     index: Tensor | None = None  # type: ignore[assignment]  # the field's word wins over tuple.index
+    source: Tensor | None = None
+    start: Tensor | None = None
 
 
 Batches = Iterable[Batch | tuple[Tensor, Tensor]]
 
 
 class AdversarialBatch(NamedTuple):
-    """A clean batch and its perturbed images ``x_adv``, detached, of the shape of ``batch.x``.
+    """A clean batch and its perturbed images, detached, of the shape of ``batch.x``.
 
-    ``inner`` is what an inner method asked for, when an outer one perturbs differently and needs both.
+    Attributes:
+        batch: The clean images.
+        x_adv: Their perturbed form.
+        inner: What an inner method asked for, when an outer one perturbs differently and needs both.
+        second: Further images of that shape that the loss needs, for example GradAlign's random point.
     """
 
     batch: Batch
     x_adv: Tensor
     inner: "AdversarialBatch | None" = None
+    second: Tensor | None = None
 
 
 @dataclass(slots=True)

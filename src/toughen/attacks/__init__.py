@@ -6,6 +6,7 @@ All are training-grade: they always return a perturbed batch and leave the model
 from toughen.attacks.fgsm import fgsm_rs
 from toughen.attacks.goals import CrossEntropy, FeatureNorm, FeatureShift, Goal, KLToClean, Margin
 from toughen.attacks.pgd import PGD, Attack
+from toughen.attacks.threat import gaussian_start
 
 __all__ = [
     "PGD",
@@ -17,4 +18,5 @@ __all__ = [
     "KLToClean",
     "Margin",
     "fgsm_rs",
+    "gaussian_start",
 ]

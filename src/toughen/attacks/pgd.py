@@ -36,6 +36,7 @@ class Attack(Protocol):
         *,
         goal: Goal | None = None,
         eps: Tensor | None = None,
+        start: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Return x_adv, detached, of the shape of ``x``."""
@@ -89,6 +90,7 @@ class PGD:
         *,
         goal: Goal | None = None,
         eps: Tensor | None = None,
+        start: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Perturb a batch so that ``goal`` grows, and leave the model exactly as found.
@@ -100,6 +102,8 @@ class PGD:
             y: [B], int64 labels.
             goal: What to maximise; None is cross-entropy.
             eps: [B], >= 0, a budget for each sample instead of ``threat.eps``; the step size scales along with it.
+            start: [B, ...], where the first search begins instead of ``random_start``; it may lie outside the box, as
+                the Gaussian start of TRADES does, since every step leads back.
             generator: Source of the random start, on the device of ``x``. None uses a copy of torch's global
                 random state, so repeated calls start alike until that state moves on.
 
@@ -116,14 +120,14 @@ class PGD:
         x = x.detach()
         with self._as_found(model):
             objective = goal.bind(ModelView(model), x, y)
-            best, best_value = self._search(objective, x, eps, generator)
+            best, best_value = self._search(objective, x, eps, start, generator)
             for _ in range(self.restarts - 1):
-                x_adv, value = self._search(objective, x, eps, generator)
+                x_adv, value = self._search(objective, x, eps, None, generator)
                 best, best_value = _worse(best, best_value, x_adv, value)
         return best
 
     def _search(
-        self, objective: Objective, x: Tensor, eps: Tensor | None, generator: torch.Generator
+        self, objective: Objective, x: Tensor, eps: Tensor | None, start: Tensor | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """One start: the iterate kept, and its goal ([B]; zeros where nobody will compare it)."""
         ball = BALLS[self.threat.norm]
@@ -133,8 +137,8 @@ class PGD:
         radius = budget.to(x).view(per_sample)
         step_size = self.step_size if eps is None else self.step_size / self.threat.eps * radius
 
-        x_adv = x.clone()
-        if self.random_start:
+        x_adv = x.clone() if start is None else start.detach()
+        if start is None and self.random_start:
             x_adv = (x_adv + ball.sample(x, radius, generator)).clamp_(low, high)
         best, best_value = x_adv, torch.full((x.shape[0],), -math.inf, device=x.device)
         for _ in range(self.steps):

@@ -27,6 +27,11 @@ class Ball(Protocol):
         ...
 
 
+def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Return x + 0.001 * N(0, 1), not clamped: where TRADES and its descendants begin their search."""
+    return x + 0.001 * torch.empty_like(x).normal_(generator=generator)
+
+
 class _LInf:
     def sample(self, like: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
         uniform = torch.empty_like(like).uniform_(-1.0, 1.0, generator=generator)

@@ -2,6 +2,6 @@
 
 from toughen.methods.clat import CLAT, CLATPaper, LiveCLAT
 from toughen.methods.stack import Stack, stack
-from toughen.methods.wrapper import Wrapper
+from toughen.methods.wrapper import LiveWrapper, Wrapper
 
-__all__ = ["CLAT", "CLATPaper", "LiveCLAT", "Stack", "Wrapper", "stack"]
+__all__ = ["CLAT", "CLATPaper", "LiveCLAT", "LiveWrapper", "Stack", "Wrapper", "stack"]

@@ -1,7 +1,7 @@
 """CLAT: tune the few most critical layers to be less so, re-chosen every ten epochs (section 3, Algorithm 1)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ from toughen.criticality.selection import SELECTORS, Fixed, Selection, Selection
 from toughen.errors import InputError, check_choices
 from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers
 from toughen.layers.taps import mode
-from toughen.objectives import METHODS, Live, feature_loss
+from toughen.methods.wrapper import LiveWrapper, Wrapper
+from toughen.objectives import METHODS, Live, Method, feature_loss
 from toughen.objectives.cross_entropy import cross_entropy
 from toughen.objectives.feature_loss import LayerGradient
 from toughen.rng import generator, stream_seed
@@ -23,7 +24,7 @@ from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
 
 @METHODS.register("clat")
 @dataclass(frozen=True, kw_only=True)
-class CLAT:
+class CLAT(Wrapper):
     """Criticality-leveraged adversarial training: ``min over f_S of E CE(F(x), y) + lam * L_C(f_S)`` (Eq. 6).
 
     Until ``start_epoch`` the inner method trains all layers. Then, and every ``every`` epochs, the criticality of all
@@ -111,7 +112,7 @@ class CLAT:
         self.rule()
 
     @property
-    def label(self) -> str:
+    def label(self) -> str:  # type: ignore[override]  # a property of the settings here, of the class elsewhere
         """``"CLAT"`` with the loss of Eq. 6; else it says which: ``"CLAT (fast)"``, ``"CLAT (inner loss)"``, ..."""
         loss = {"clean_ce": "", "adv_ce": "adversarial CE", "inner": "inner loss"}[self.base]
         notes = [note for note in ("fast" if self.inner_max == "fgsm-rs" else "", loss) if note]
@@ -123,6 +124,17 @@ class CLAT:
         if self.start_epoch > 0:
             return f"nothing would train before start_epoch={self.start_epoch}"
         return "base='inner' has no inner loss" if self.base == "inner" else None
+
+    def check_stack(self, methods: Sequence[Method]) -> None:
+        """See ``Method.check_stack``."""
+        if self.base == "inner" or self.start_epoch > 0:
+            return
+        for method in methods[: methods.index(self)]:
+            if method.shapes_step:
+                raise InputError(
+                    f"{method.label} inside {self.label} would never act, since CLAT begins at epoch 0 with a loss of"
+                    " its own; put it behind clat, or set clat base='inner'"
+                )
 
     def rule(self) -> SelectionRule:
         """Return the selection rule that ``select`` and ``layers`` name."""
@@ -152,7 +164,7 @@ class CLAT:
         """
         if inner is None and self.needs_inner:
             raise InputError(f"CLAT stands alone but {self.needs_inner}; use stack(PGDAT(), CLAT(...))")
-        return LiveCLAT(model, settings=self, attack=attack, inner=inner, seed=seed)
+        return LiveCLAT(inner or _Untrained(model), settings=self, attack=attack, seed=seed)
 
 
 @METHODS.register("clat-paper")
@@ -169,18 +181,17 @@ class CLATPaper(CLAT):
     norm_stats: NormStats = "update"
 
 
-class LiveCLAT(Live):
+class LiveCLAT(LiveWrapper):
     """CLAT bound to a model."""
 
-    def __init__(self, model: nn.Module, *, settings: CLAT, attack: Attack, inner: Live | None, seed: int) -> None:
-        super().__init__(model, seed=seed)
+    def __init__(self, inner: Live, *, settings: CLAT, attack: Attack, seed: int) -> None:
+        super().__init__(inner, seed=seed)
         self.settings = settings
         self.attack = attack
-        self.inner = inner
         self.feature_attack = attack
         if settings.inner_max == "fgsm-rs":
             self.feature_attack = fgsm_rs(attack.threat, model_mode=getattr(attack, "model_mode", "eval"))
-        self.trainable_set = TrainableSet(model, norm_stats=settings.norm_stats, norm_affine=settings.norm_affine)
+        self.trainable_set: TrainableSet | None = None
         self.layer_map: LayerMap | None = None
         self.first_epoch: int | None = None
         self.lam: float = 0.0 if settings.lam == "auto" else float(settings.lam)
@@ -196,8 +207,7 @@ class LiveCLAT(Live):
         Raises:
             InputError: A selection is due and ``probe`` is empty, or ``k`` is larger than the number of layers.
         """
-        if self.inner is not None:
-            self.inner.epoch_start(epoch, probe, optimizer=optimizer)
+        super().epoch_start(epoch, probe, optimizer=optimizer)
         if not self._due(epoch):
             return None
         images = _first_images(probe, self.settings.probe_size)
@@ -233,8 +243,7 @@ class LiveCLAT(Live):
                 raise InputError(
                     f"layer {name!r} runs more than once per forward, so it can't be selected; name another"
                 )
-        if self.inner is not None:
-            self.inner.check(example)
+        super().check(example)
 
     def _map(self, images: Tensor) -> LayerMap:
         if self.layer_map is None:
@@ -257,14 +266,25 @@ class LiveCLAT(Live):
     def _train_only(self, names: tuple[str, ...], optimizer: torch.optim.Optimizer | None) -> None:
         assert self.layer_map is not None
         before = {id(p) for p in self.trainable()}
-        self._layers = tuple(self.layer_map.by_name(name) for name in names)
-        self.trainable_set.select(self._layers)
+        self._select(tuple(self.layer_map.by_name(name) for name in names))
         if optimizer is None or self.settings.on_reselect == "keep":
             return
         staying = {id(p) for p in self.trainable()} & before if self.settings.on_reselect == "staying" else set()
         for parameter in list(optimizer.state):
             if id(parameter) not in staying:
                 del optimizer.state[parameter]
+
+    def _select(self, layers: tuple[Layer, ...]) -> None:
+        self._layers = layers
+        if self.trainable_set is None:  # only now: what an inner method has frozen for good stays frozen
+            settings = self.settings
+            self.trainable_set = TrainableSet(
+                self.model, norm_stats=settings.norm_stats, norm_affine=settings.norm_affine
+            )
+        self.trainable_set.select(layers)
+        for parameter in self.own_parameters().values():  # they serve layers that are frozen now
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
     def _balanced_lam(self, images: tuple[Tensor, Tensor]) -> float:
         """``rho * CE_0 / L_C0`` on the probe."""
@@ -287,34 +307,46 @@ class LiveCLAT(Live):
     @property
     def lr_scale(self) -> float:
         """See ``Live.lr_scale``."""
-        return self.settings.lr_scale if self._layers else 1.0
+        return super().lr_scale * (self.settings.lr_scale if self._layers else 1.0)
 
     @property
     def schedule_start(self) -> int:
         """See ``Live.schedule_start``."""
-        return self.first_epoch or 0 if self.settings.lr == "restart" else 0
+        return self.first_epoch or 0 if self.settings.lr == "restart" else super().schedule_start
 
     @property
     def probe_size(self) -> int:
         """See ``Live.probe_size``."""
-        return self.settings.probe_size
+        return max(self.settings.probe_size, super().probe_size)
+
+    @property
+    def replays(self) -> int:
+        """See ``Live.replays``."""
+        return super().replays if self._keeps_inner else 1
+
+    @property
+    def _keeps_inner(self) -> bool:
+        """Whether a step now is the inner method's own, L_C apart."""
+        return not self._layers or self.settings.base == "inner"
 
     def facts(self) -> dict[str, float]:
         """See ``Live.facts``."""
-        return {"lam": self.lam} if self._layers else {}
+        return {**super().facts(), **({"lam": self.lam} if self._layers else {})}
 
     def release(self) -> None:
         """See ``Live.release``."""
-        self.trainable_set.restore()
+        if self.trainable_set is not None:
+            self.trainable_set.restore()
+        super().release()
 
     # -- what is minimised ------------------------------------------------------------------------
 
     def perturb(self, batch: Batch, *, generator: torch.Generator) -> AdversarialBatch:
         """Solve Eq. 5's inner problem on the selected layers, where the loss needs it."""
         if not self._layers:
-            return self._before().perturb(batch, generator=generator)
-        self.trainable_set.apply_mode()
-        inner = self._before().perturb(batch, generator=generator) if self.settings.base == "inner" else None
+            return self.inner.perturb(batch, generator=generator)
+        self._apply_mode()
+        inner = self.inner.perturb(batch, generator=generator) if self._keeps_inner else None
         if self.lam == 0 and self.settings.base != "adv_ce":
             return AdversarialBatch(batch, batch.x, inner)
         return AdversarialBatch(batch, self._feature_perturb(batch, generator), inner)
@@ -322,13 +354,13 @@ class LiveCLAT(Live):
     def loss(self, adv: AdversarialBatch) -> StepOutput:
         """Return Eq. 6: the base loss plus ``lam`` times L_C of the selected layers."""
         if not self._layers:
-            return self._before().loss(adv)
-        self.trainable_set.apply_mode()
+            return self.inner.loss(adv)
+        self._apply_mode()
         batch, settings = adv.batch, self.settings
         clean: Mapping[str, Tensor] | None = None
         if settings.base == "inner":
             assert adv.inner is not None
-            output = self._before().loss(adv.inner)
+            output = self.inner.loss(adv.inner)
             base, terms = output.loss, output.terms
         elif settings.base == "adv_ce":
             base = cross_entropy(self.view(adv.x_adv), batch.y)
@@ -355,10 +387,9 @@ class LiveCLAT(Live):
         )
         return StepOutput(base + self.lam * distance, {**terms, "feature": distance.detach()})
 
-    def _before(self) -> Live:
-        if self.inner is None:
-            raise InputError("CLAT has selected no layers yet: call epoch_start(epoch, probe) before the first batch")
-        return self.inner
+    def _apply_mode(self) -> None:
+        assert self.trainable_set is not None
+        self.trainable_set.apply_mode()
 
     def _feature_perturb(self, batch: Batch, draw: torch.Generator) -> Tensor:
         goal = FeatureShift(
@@ -366,7 +397,7 @@ class LiveCLAT(Live):
             norm=self.settings.feature_norm,
             stop_early=self.settings.forward == "truncated",
         )
-        return self.feature_attack(self.model, batch.x, batch.y, goal=goal, generator=draw)
+        return self.feature_attack(self.model, batch.x, batch.y, goal=goal, start=batch.start, generator=draw)
 
     # -- resuming -----------------------------------------------------------------------------------
 
@@ -377,22 +408,35 @@ class LiveCLAT(Live):
             "first_epoch": self.first_epoch,
             "lam": self.lam,
             "selected": [asdict(layer) for layer in self._layers],
-            "inner": None if self.inner is None else self.inner.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Live.load_state_dict``; freezes what was frozen."""
         super().load_state_dict(state)
         self.first_epoch, self.lam = state["first_epoch"], state["lam"]
-        if self.inner is not None and state["inner"] is not None:
-            self.inner.load_state_dict(state["inner"])
-        self._layers = tuple(
-            Layer(**{**layer, "parameters": tuple(layer["parameters"])}) for layer in state["selected"]
-        )
-        if self._layers:
-            self.trainable_set.select(self._layers)
+        layers = tuple(Layer(**{**layer, "parameters": tuple(layer["parameters"])}) for layer in state["selected"])
+        if layers:
+            self._select(layers)
         else:
-            self.trainable_set.restore()
+            self._layers = ()
+            if self.trainable_set is not None:
+                self.trainable_set.restore()
+
+
+class _Untrained(Live):
+    """What CLAT alone has before its first selection."""
+
+    def perturb(self, batch: Batch, *, generator: torch.Generator) -> AdversarialBatch:
+        """Refuse: nothing is selected.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError("CLAT has selected no layers yet: call epoch_start(epoch, probe) before the first batch")
+
+    def loss(self, adv: AdversarialBatch) -> StepOutput:
+        """See ``perturb``; a loss comes after it."""
+        raise AssertionError
 
 
 def _first_images(probe: Batches, count: int) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Composition: ``stack(PGDAT(), CLAT(k=3))`` reads inner to outer and is the table label "PGD-AT + CLAT"."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -7,7 +8,7 @@ from torch import nn
 from toughen.attacks import Attack
 from toughen.errors import InputError
 from toughen.methods.wrapper import Wrapper
-from toughen.objectives import Live, Objective
+from toughen.objectives import METHODS, Live, Method, Objective
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,8 @@ class Stack:
         methods: At most one objective, which comes first, and the wrappers around it.
 
     Raises:
-        InputError: Nothing to stack, an objective that is not the first, a method named twice, or a wrapper that
-            misses its inner method.
+        InputError: Nothing to stack, an objective that is not the first, a method named twice, a wrapper that misses
+            its inner method, or two methods that don't go together.
     """
 
     methods: tuple[Objective | Wrapper, ...]
@@ -40,6 +41,9 @@ class Stack:
             raise InputError(
                 f"{first.label} stands alone but {first.needs_inner}; put an objective before it, for example pgd-at"
             )
+        for number, method in enumerate(self.methods):
+            _check_pairs(method, self.methods[:number], self.methods[number + 1 :])
+            method.check_stack(self.methods)
 
     @property
     def label(self) -> str:
@@ -56,6 +60,23 @@ class Stack:
                 live = method.bind(model, attack=attack, inner=live, seed=seed)
         assert live is not None
         return live
+
+
+def _check_pairs(method: Method, inner: Sequence[Method], outer: Sequence[Method]) -> None:
+    """Apply the rules that stand on the class of ``method``; a rule for ``clat`` holds for its variants too."""
+    for name, reason in method.conflicts.items():
+        for other in (*inner, *outer):
+            if _is(other, name):
+                raise InputError(f"{method.label} does not go with {other.label}: {reason}")
+    for name, reason in method.before.items():
+        for other in inner:
+            if _is(other, name):
+                raise InputError(f"{method.label} stands behind {other.label}: {reason}; put it before")
+
+
+def _is(method: Method, name: str) -> bool:
+    kind = METHODS[name] if name in METHODS else None
+    return isinstance(kind, type) and isinstance(method, kind)
 
 
 def stack(*methods: Objective | Wrapper) -> Stack:

@@ -2,7 +2,8 @@
 
 from toughen.objectives.clean_ce import CleanCE
 from toughen.objectives.feature_loss import feature_loss
-from toughen.objectives.objective import METHODS, Live, LiveObjective, Objective
+from toughen.objectives.live import Live
+from toughen.objectives.objective import METHODS, LiveObjective, Method, Objective
 from toughen.objectives.pgd_at import PGDAT
 
-__all__ = ["METHODS", "PGDAT", "CleanCE", "Live", "LiveObjective", "Objective", "feature_loss"]
+__all__ = ["METHODS", "PGDAT", "CleanCE", "Live", "LiveObjective", "Method", "Objective", "feature_loss"]

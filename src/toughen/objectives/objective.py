@@ -1,128 +1,63 @@
-"""What an objective is, and the live thing that a training loop talks to once it is bound to a model."""
+"""What a method and an objective are: settings, with the rules of what they go together with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from toughen.attacks import Attack
-from toughen.criticality.selection import Selection
 from toughen.layers import ModelView
+from toughen.objectives.live import Live
 from toughen.registry import Registry
-from toughen.rng import generator
-from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
+from toughen.types import AdversarialBatch, Batch, StepOutput
 
 METHODS: Registry[Callable[..., Any]] = Registry("method")
 
 
-class Live(ABC):
-    """A method bound to a model: settings have become state, and a training loop can use it.
+class Method:
+    """Settings of a training method, as a frozen dataclass. What it goes together with is data on its class.
 
-    In a loop: ``epoch_start`` once per epoch, then for each batch ``live(x, y).loss`` in the place of the old loss,
-    ``backward`` and the step of an optimizer over *all* parameters of the model (frozen ones have ``grad None``).
-
-    Args:
-        model: The network; images in [0, 1] go in, logits come out.
-        seed: Of the attacks' random starts; call number and seed together decide them.
+    Attributes:
+        label: Its name in a row label of the paper's tables.
+        conflicts: Names of ``toughen list methods`` that it can't be stacked with, each with the reason and the fix.
+        before: Names that must stand behind it where both are stacked, each with the reason.
+        shapes_step: Whether it acts through ``perturb`` and ``loss`` alone, so that an outer method which has a loss
+            of its own would silence it.
+        reads_unlabelled: Whether it learns from images without a label (-1).
+        needs_extra: Whether it makes no sense without extra images (``data.extra``).
     """
 
-    def __init__(self, model: nn.Module, *, seed: int = 0) -> None:
-        self.model = model
-        self.view = ModelView(model)
-        self.seed = seed
-        self.calls = 0
+    label: ClassVar[str]
+    conflicts: ClassVar[Mapping[str, str]] = {}
+    before: ClassVar[Mapping[str, str]] = {}
+    shapes_step: ClassVar[bool] = False
+    reads_unlabelled: ClassVar[bool] = False
+    needs_extra: ClassVar[bool] = False
 
-    def __call__(self, x: Tensor, y: Tensor, index: Tensor | None = None) -> StepOutput:
-        """Perturb a batch and return the loss on it: x [B, C, H, W] in [0, 1], y [B]; ``loss`` is a scalar."""
-        draw = generator(self.seed, "attack", self.calls, device=x.device)
-        self.calls += 1
-        return self.loss(self.perturb(Batch(x, y, index), generator=draw))
-
-    @abstractmethod
-    def perturb(self, batch: Batch, *, generator: torch.Generator) -> AdversarialBatch:
-        """Solve the inner maximisation at the current weights."""
-
-    @abstractmethod
-    def loss(self, adv: AdversarialBatch) -> StepOutput:
-        """Return the loss to minimise, differentiable in the trainable parameters."""
-
-    def epoch_start(
-        self, epoch: int, probe: Batches = (), *, optimizer: torch.optim.Optimizer | None = None
-    ) -> Selection | None:
-        """Do what is due before epoch ``epoch`` (from 0); return the selection of layers if a new one was made.
-
-        Args:
-            epoch: Epochs done so far.
-            probe: Training images without augmentation, as (x, y) pairs, for methods that measure something.
-            optimizer: The loop's optimizer, for methods that drop stale momentum.
-        """
-        return None
-
-    def check(self, example: Tensor) -> None:  # noqa: B027 - most methods fit every model
-        """Look at one input [1, C, H, W] before training.
+    def check_stack(self, methods: Sequence["Method"]) -> None:
+        """Refuse settings that contradict those of the other methods in a stack.
 
         Raises:
-            InputError: These settings can't work with this model, for example ``k`` above its number of layers.
+            InputError: Names both methods and the fix.
         """
 
-    @property
-    def selected(self) -> tuple[str, ...] | None:
-        """Qualified names of the layers that train now; None while all do."""
-        return None
 
-    @property
-    def lr_scale(self) -> float:
-        """By what the scheduled learning rate is to be multiplied now."""
-        return 1.0
-
-    @property
-    def schedule_start(self) -> int:
-        """The epoch from which the learning-rate schedule is to be counted now."""
-        return 0
-
-    @property
-    def probe_size(self) -> int:
-        """How many images ``epoch_start`` would look at."""
-        return 0
-
-    def facts(self) -> dict[str, float]:
-        """Return what belongs into the log of every epoch, for example CLAT's lambda."""
-        return {}
-
-    def trainable(self) -> list[nn.Parameter]:
-        """Return the parameters that ask for a gradient now."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
-    def release(self) -> None:  # noqa: B027 - most methods change nothing that would have to be given back
-        """Let all parameters train again, as before binding."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values from which ``load_state_dict`` continues exactly."""
-        return {"calls": self.calls}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from ``state_dict``; the model's weights are loaded separately."""
-        self.calls = state["calls"]
-
-
-class Objective(ABC):
-    """Settings of an objective, as a frozen dataclass. Subclasses say how to perturb and what to minimise."""
-
-    label: ClassVar[str]
+class Objective(Method, ABC):
+    """Settings of an objective. Subclasses say how to perturb and what to minimise."""
 
     @abstractmethod
     def perturb(
         self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
     ) -> AdversarialBatch:
-        """Find the perturbed images to train on."""
+        """Find the perturbed images to train on; a search begins at ``batch.start`` where that is given."""
 
     @abstractmethod
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the loss of a perturbed batch."""
 
-    def bind(self, model: nn.Module, *, attack: Attack, seed: int = 0) -> "LiveObjective":
+    def bind(self, model: nn.Module, *, attack: Attack, seed: int = 0) -> Live:
         """Bind these settings to a model, for use in any training loop."""
         return LiveObjective(model, objective=self, attack=attack, seed=seed)
 

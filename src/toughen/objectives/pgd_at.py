@@ -24,7 +24,7 @@ class PGDAT(Objective):
         self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
     ) -> AdversarialBatch:
         """Maximise the cross-entropy."""
-        return AdversarialBatch(batch, attack(model, batch.x, batch.y, generator=generator))
+        return AdversarialBatch(batch, attack(model, batch.x, batch.y, start=batch.start, generator=generator))
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the cross-entropy of the perturbed images."""
