@@ -165,7 +165,7 @@ class Bomb:
 
 def test_a_pickle_in_the_place_of_the_state_is_refused_and_not_run(tmp_path):
     folder, victim = saved(tmp_path / "last"), tmp_path / "victim"
-    torch.save({"format": 1, "epoch": Bomb(victim)}, folder / "state.pt")
+    torch.save({"format": 2, "epoch": Bomb(victim)}, folder / "state.pt")
     (folder / "sha256").write_text(checkpoint._sums(folder))  # an attacker can count too
     with pytest.raises(InputError, match="is damaged"):
         checkpoint.load(folder, network())
@@ -175,5 +175,5 @@ def test_a_pickle_in_the_place_of_the_state_is_refused_and_not_run(tmp_path):
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     folder = tmp_path / "last"
     checkpoint.save(folder, network(), {"format": 99})
-    with pytest.raises(InputError, match="not of format 1"):
+    with pytest.raises(InputError, match="not of format 2"):
         checkpoint.load(folder, network())

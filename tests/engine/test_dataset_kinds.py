@@ -19,6 +19,7 @@ from small_runs import recipe
 from toughen.data.cifar import CIFAR100_CLASSES
 from toughen.data.imagenet import imagenet_classes
 from toughen.engine import Trainer
+from toughen.errors import InputError
 
 
 def cifar100_binary(root: Path) -> None:
@@ -73,7 +74,7 @@ def test_a_card_of_the_hub_trains_from_the_cache(tmp_path: Path, monkeypatch: py
 
 def test_generated_images_train_beside_the_real_ones(tmp_path: Path) -> None:
     write_card(tmp_path / "real", 3)
-    edm_npz(tmp_path / "generated.npz", [0, 1, 2, -1] * 3)
+    edm_npz(tmp_path / "generated.npz", [0, 1, 2] * 4)
     extra = {"path": str(tmp_path / "generated.npz"), "fraction": 0.5}
     settings = {"name": f"parquet:{tmp_path / 'real'}", "validation": 1, "train_samples": None, "test_samples": None}
     changes = {"data": {**settings, "extra": extra}, "train": {"epochs": 1, "batch_size": 4}}
@@ -82,3 +83,13 @@ def test_generated_images_train_beside_the_real_ones(tmp_path: Path) -> None:
     assert len(indices) == 2  # 5 real images, 4 in a batch
     assert all(sum(index < 5 for index in batch) == 2 for batch in indices)
     assert trainer.fit().finished
+
+
+def test_images_without_a_label_are_refused_where_the_method_learns_nothing_from_them(tmp_path: Path) -> None:
+    write_card(tmp_path / "real", 3)
+    edm_npz(tmp_path / "generated.npz", [0, 1, 2, -1] * 3)
+    extra = {"path": str(tmp_path / "generated.npz"), "fraction": 0.5}
+    settings = {"name": f"parquet:{tmp_path / 'real'}", "validation": 1, "train_samples": None, "test_samples": None}
+    wanted = recipe(data={**settings, "extra": extra}, train={"epochs": 1, "batch_size": 4})
+    with pytest.raises(InputError, match=r"^3 of the extra images have no label \(-1\), from which PGD-AT learns"):
+        Trainer(wanted, out=tmp_path / "run")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from as_found import left_as_found
-from toughen import CLAT, PGD, PGDAT, ThreatModel, models
+from toughen import CLAT, PGD, PGDAT, Batch, ThreatModel, models
 from toughen.engine.flops import flops_per_image
 
 
@@ -38,7 +38,7 @@ def test_pgd_at_counts_what_the_formula_says(steps, count):
     # an attack step is a forward, and a backward to the image; training is a forward and a backward to the
     # weights, which needs the gradient of the linear layer's input but not of the image
     expected = steps * 2 * (conv + fc) + (2 * conv + 3 * fc)
-    assert flops_per_image(PGDAT().bind(ConvLinear(), attack=pgd(steps)), *images(count)) == expected
+    assert flops_per_image(PGDAT().bind(ConvLinear(), attack=pgd(steps)), Batch(*images(count))) == expected
 
 
 def clat_cost(layer: str, forward: str) -> float:
@@ -46,7 +46,7 @@ def clat_cost(layer: str, forward: str) -> float:
     attack = pgd(3)
     live = CLAT(select="fixed", layers=(layer,), lam=0.1, forward=forward).bind(model, attack=attack)
     live.epoch_start(0, [images(4, channels=1)])
-    return flops_per_image(live, *images(4, channels=1))
+    return flops_per_image(live, Batch(*images(4, channels=1)))
 
 
 def test_a_shallow_layer_costs_less_when_the_forward_stops_there():
@@ -67,6 +67,6 @@ def test_counting_touches_neither_model_nor_random_state_nor_the_method():
     before = deepcopy(live.state_dict())
 
     with left_as_found(model):
-        flops_per_image(live, *images(2, channels=1))
+        flops_per_image(live, Batch(*images(2, channels=1)))
 
     assert live.state_dict() == before

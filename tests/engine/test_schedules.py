@@ -1,6 +1,8 @@
 import math
+import warnings
 
 import pytest
+import torch
 
 from small_runs import clat, train
 from toughen.engine import TrainSettings
@@ -33,6 +35,26 @@ def test_piecewise_multiplies_by_gamma_at_each_milestone(tmp_path):
 def test_cyclic_climbs_to_lr_at_the_peak_and_comes_back_to_zero(tmp_path):
     settings = {"epochs": EPOCHS, "lr": 0.2, "schedule": "cyclic", "peak": 0.5}
     assert logged(tmp_path / "run", train=settings) == pytest.approx([0.2 / 3, 0.5 / 3, 0.4 / 3, 0.1 / 3])
+
+
+def test_onecycle_is_that_of_torch():
+    settings = TrainSettings(epochs=10, lr=0.2, schedule="onecycle", peak=0.3)
+    steps = 40
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no step of the optimizer comes before those of its schedule
+        # torch's last rate is that of step `steps - 1`, and its peak lies one step before its share
+        theirs = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=0.2,
+            total_steps=steps + 1,
+            pct_start=(0.3 * steps + 1) / (steps + 1),
+            cycle_momentum=False,
+        )
+        for step in range(steps + 1):
+            assert settings.lr_at(step / steps) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12), step
+            if step < steps:
+                theirs.step()
 
 
 def test_constant_stays(tmp_path):

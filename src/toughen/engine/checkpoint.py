@@ -15,7 +15,7 @@ from torch import nn
 from toughen.errors import InputError, first_line
 from toughen.models import restore_weights
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, STATE, SUMS = "weights.safetensors", "state.pt", "sha256"
 
 
@@ -52,14 +52,41 @@ def exists(folder: Path) -> bool:
 
 
 def load(folder: Path, model: nn.Module) -> dict[str, Any]:
-    """Load the weights into ``model`` and return the state.
+    """Load the weights to evaluate into ``model`` and return the state.
 
     Raises:
-        InputError: There is no checkpoint, it is damaged, of a newer format, or of another model.
+        InputError: There is no checkpoint, it is damaged, of another format, or of another model.
     """
-    whole = _whole(folder)
-    if whole is None:
-        raise InputError(f"no checkpoint in {folder}; has the run finished an epoch yet?")
+    state = read_state(folder)
+    restore_weights(model, _found(folder) / WEIGHTS)
+    return state
+
+
+def load_training(folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Load the weights that training goes on with, and return the state.
+
+    They are others than those to evaluate where a method averages or adapts; a model to which adapters are not, or no
+    longer, attached gets the weights to evaluate.
+
+    Raises:
+        InputError: See ``load``.
+    """
+    state = read_state(folder)
+    training = state["training"]
+    if training is not None and training.keys() == model.state_dict().keys():
+        model.load_state_dict(training)
+    else:
+        restore_weights(model, _found(folder) / WEIGHTS)
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the state of a checkpoint without its weights.
+
+    Raises:
+        InputError: There is no checkpoint, it is damaged, or of another format.
+    """
+    whole = _found(folder)
     if not _intact(whole):
         raise InputError(f"checkpoint {whole} is damaged: its files are not those that {whole / SUMS} was written for")
     try:
@@ -68,8 +95,14 @@ def load(folder: Path, model: nn.Module) -> dict[str, Any]:
         raise InputError(f"checkpoint {whole} is damaged: {first_line(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"checkpoint {whole} is not of format {FORMAT}; it was written by another version of toughen")
-    restore_weights(model, whole / WEIGHTS)
     return state
+
+
+def _found(folder: Path) -> Path:
+    whole = _whole(folder)
+    if whole is None:
+        raise InputError(f"no checkpoint in {folder}; has the run finished an epoch yet?")
+    return whole
 
 
 def _whole(folder: Path) -> Path | None:

@@ -5,28 +5,27 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from toughen.layers.taps import random_state_kept
 from toughen.objectives import Live
+from toughen.types import Batch
 
 
-def flops_per_image(live: Live, x: Tensor, y: Tensor) -> float:
+def flops_per_image(live: Live, batch: Batch) -> float:
     """Count the operations of perturbing, forward and backward, per image.
 
     Counts matrix products and convolutions, on a copy, so the run itself is not touched.
 
     Args:
         live: The bound method.
-        x: [B, C, H, W]; the count per image does not depend on B.
-        y: [B].
+        batch: A few images; the count per image does not depend on how many. Replays count.
     """
     twin = deepcopy(live)
     with random_state_kept(twin.model), _Counter() as counter:
-        torch.autograd.backward(twin(x, y).loss)
-    return float(counter.total) / len(x)
+        torch.autograd.backward(twin.on(batch).loss)
+    return float(counter.total) * live.replays / len(batch.x)
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves this class untyped

@@ -1,15 +1,56 @@
-"""The optimizer of a run."""
+"""The optimizer of a run, and how a branch takes over its momentum."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from toughen.engine.recipe import TrainSettings
+from toughen.objectives import Live
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+def make_optimizer(live: Live, settings: TrainSettings) -> torch.optim.Optimizer:
     """Make one optimizer over all parameters, whatever is frozen later: a frozen one has no gradient and is skipped."""
+    groups: list[dict[str, Any]] = [{"params": live.parameters()}]
+    if settings.norm_decay == "exclude":
+        norms = {id(p) for m in live.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        groups = [
+            {"params": [p for p in live.parameters() if id(p) not in norms]},
+            {"params": [p for p in live.parameters() if id(p) in norms], "weight_decay": 0.0},
+        ]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(
-        model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        groups,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
     )
+
+
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, live: Live) -> list[str]:
+    """Return the name of each parameter of the optimizer, in the order in which its state numbers them."""
+    names = {id(parameter): name for name, parameter in live.named_parameters().items()}
+    return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def continue_momentum(
+    optimizer: torch.optim.Optimizer, live: Live, state: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Take over the momentum of another run for all parameters of the same name, and nothing else of its optimizer.
+
+    Args:
+        optimizer: Keeps its own groups, for example its weight decay.
+        live: Whose parameters it holds.
+        state: The state of the other run's optimizer.
+        names: Its parameters, as ``parameter_names`` returned them there.
+    """
+    place = {name: number for number, name in enumerate(parameter_names(optimizer, live))}
+    momentum = {place[names[number]]: kept for number, kept in state["state"].items() if names[number] in place}
+    optimizer.load_state_dict({"state": momentum, "param_groups": optimizer.state_dict()["param_groups"]})

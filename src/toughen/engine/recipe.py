@@ -18,7 +18,7 @@ from toughen.registry import Registry
 from toughen.types import ThreatModel
 
 Device = Literal["auto", "cpu", "cuda"]
-Schedule = Literal["cosine", "piecewise", "cyclic", "constant"]
+Schedule = Literal["cosine", "piecewise", "cyclic", "onecycle", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,20 @@ class TrainSettings:
         optimizer: ``"sgd"`` with momentum, or ``"adamw"``.
         lr: Initial (cosine, piecewise, constant) or largest (cyclic) learning rate.
         momentum: Of SGD.
+        nesterov: Whether SGD looks ahead.
         weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
+        norm_decay: Whether it acts on scale and shift of batch norm and its like too (``"include"``).
         schedule: ``"cosine"`` from lr to 0; ``"piecewise"`` multiplies by ``gamma`` at each of ``milestones``;
-            ``"cyclic"`` climbs linearly from 0 to lr at ``peak`` and back; ``"constant"``. Applied at every step.
+            ``"cyclic"`` climbs linearly from 0 to lr at ``peak`` and back; ``"onecycle"`` climbs from lr/25 and falls
+            to lr/250,000 along cosines; ``"constant"``. Applied at every step.
         milestones: Shares of the run, in (0, 1).
         gamma: Factor at a milestone.
-        peak: Share of the run at which the cyclic schedule is highest, in (0, 1).
+        peak: Share of the run at which the cyclic and the one-cycle schedule are highest, in (0, 1).
         seed: Of initial weights, order, augmentation, random starts and random selection.
         patience: Early stopping: the run ends after so many epochs without a better robust validation accuracy; None
             never does.
+        max_drop: Guard against catastrophic overfitting: the run ends with the checkpoint of the epoch before when
+            robust validation accuracy, in [0, 1], falls by more than this between two validations; None never does.
         validate_every: Epochs between validations.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         precision: ``"auto"`` is bf16-mixed on CUDA and 32-true elsewhere.
@@ -82,13 +87,16 @@ class TrainSettings:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 5e-4
+    norm_decay: Literal["include", "exclude"] = "include"
     schedule: Schedule = "cosine"
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     peak: float = 0.4
     seed: int = 0
     patience: int | None = None
+    max_drop: float | None = None
     validate_every: int = 1
     device: Device = "auto"
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
@@ -105,6 +113,10 @@ class TrainSettings:
                 raise InputError(f"train.{name} is {value}; it must be a finite number >= 0")
         if not all(0 < share < 1 for share in (*self.milestones, self.peak)):
             raise InputError(f"train.milestones {list(self.milestones)} and peak {self.peak} must lie between 0 and 1")
+        if self.max_drop is not None and not 0 < self.max_drop < 1:
+            raise InputError(f"train.max_drop is {self.max_drop}; it must lie between 0 and 1, for example 0.2")
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise InputError("train.nesterov needs optimizer='sgd' and a momentum above 0")
         if self.seed < 0:
             raise InputError(f"train.seed is {self.seed}; it must be >= 0")
 
@@ -116,6 +128,11 @@ class TrainSettings:
             return self.lr * self.gamma ** sum(progress >= share for share in self.milestones)
         if self.schedule == "cyclic":
             return self.lr * min(progress / self.peak, (1 - progress) / (1 - self.peak))
+        if self.schedule == "onecycle":
+            low, high, rising = self.lr / 25, self.lr, progress < self.peak
+            start, end = (low, high) if rising else (high, low / 1e4)
+            share = progress / self.peak if rising else (progress - self.peak) / (1 - self.peak)
+            return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
         return self.lr
 
 

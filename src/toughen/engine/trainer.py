@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from toughen import data as datasets
 from toughen import models
 from toughen.criticality.selection import Selection
-from toughen.data import DataSplits, Images, TrainLoader
+from toughen.data import DataSplits, Images
 from toughen.engine import checkpoint
+from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import pick_device, pick_precision
 from toughen.engine.flops import flops_per_image
-from toughen.engine.optim import make_optimizer
+from toughen.engine.optim import continue_momentum, make_optimizer, parameter_names
 from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, epoch_status, sample_progress
 from toughen.engine.provenance import provenance
-from toughen.engine.recipe import ModelSettings, Recipe
+from toughen.engine.recipe import Recipe
 from toughen.errors import InputError
 from toughen.evaluation import EvalAttack, evaluate, parse_attack, store
 from toughen.layers.taps import random_state_kept
@@ -98,25 +99,40 @@ class Trainer:
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
         self.loader = training_loader(recipe, self.data, self.device)
-        self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
         check_methods(recipe, self.model, self.data)
-        self.optimizer = make_optimizer(self.model, self.settings)
         self.show_progress = show_progress
         self.progress = _Progress()
         self._stop_asked = False
-        if resume:
-            self.folder = RunFolder.open(Path(out or ""))
-            self._check_images()
-        else:
-            folder = Path(out) if out else RunFolder.free(f"{recipe.model.name}-{recipe.data.name}")
-            facts = provenance(seed=self.settings.seed, device=self.device, precision=pick_precision(self.settings))
-            self.folder = RunFolder.create(folder, recipe.document(), {**facts, "images": self.data.identity()})
-        if checkpoint.exists(self.folder.checkpoints / "last"):
+        self._collapsed = False
+        self.folder = self._open(out) if resume else self._create(out)
+        resumed = checkpoint.exists(self.folder.checkpoints / "last")
+        if resume and not resumed and start is None and (run := self.folder.parent_run) is not None:
+            raise InputError(f"branch {self.folder.path} has no checkpoint yet; resume its run: --resume {run.path}")
+        if start is not None and not resumed:
+            checkpoint.load_training(start.checkpoints / "last", self.model)
+        self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
+        self.optimizer = make_optimizer(self.live, self.settings)
+        if resumed:
             self._resume()
         elif start is not None:
             self._continue_from(start)
-        elif resume and (run := self.folder.parent_run) is not None:
-            raise InputError(f"branch {self.folder.path} has no checkpoint yet; resume its run: --resume {run.path}")
+
+    def _open(self, out: Path | str | None) -> RunFolder:
+        folder = RunFolder.open(Path(out or ""))
+        began = folder.provenance().get("images")
+        if began is not None and began != self.data.identity():
+            raise InputError(
+                f"run {folder.path} began on other images ({began['name']}, {began['counts'][0]} for training)"
+                f" than these ({self.data.name}, {len(self.data.train)}); if they were your own, go on in Python:"
+                " Trainer(recipe, data=..., resume=True)"
+            )
+        return folder
+
+    def _create(self, out: Path | str | None) -> RunFolder:
+        recipe = self.recipe
+        folder = Path(out) if out else RunFolder.free(f"{recipe.model.name}-{recipe.data.name}")
+        facts = provenance(seed=self.settings.seed, device=self.device, precision=pick_precision(self.settings))
+        return RunFolder.create(folder, recipe.document(), {**facts, "images": self.data.identity()})
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -138,8 +154,10 @@ class Trainer:
             random_state_kept(self.model),
             epoch_progress(self._title(), total=total, show=self.show_progress) as progress,
         ):
-            while self.progress.epoch < self.recipe.stop_epoch and not self._patience_over():
+            while self.progress.epoch < self.recipe.stop_epoch and not self._patience_over() and not self._collapsed:
                 self._epoch(progress)
+            if not self._collapsed:
+                self._finish()
         self.live.release()
         self._evaluate()
         for name, recipe in self.recipe.branches.items():
@@ -185,15 +203,16 @@ class Trainer:
         probe = datasets.probe(
             self.data.train, count=size, seed=self.settings.seed, position=epoch, device=self.device, batch_size=size
         )
-        few = (probe[0].x[:4], probe[0].y[:4])
+        few = Batch(probe[0].x[:4], probe[0].y[:4], torch.arange(min(4, size), device=self.device))
         if not now.pgd_at_flops:
-            now.pgd_at_flops = flops_per_image(PGDAT().bind(self.model, attack=self.recipe.attack), *few)
+            now.pgd_at_flops = flops_per_image(PGDAT().bind(self.model, attack=self.recipe.attack), few)
         selection = self.live.epoch_start(epoch, [(b.x, b.y) for b in probe], optimizer=self.optimizer)
         now.sums = {}
         if selection is not None:
             self._write_selection(selection)
-        if selection is not None or not now.flops:
-            now.flops = flops_per_image(self.live, *few)
+        begins = any(getattr(method, "start_epoch", 0) == epoch for method in self.recipe.method.methods)
+        if selection is not None or begins or not now.flops:
+            now.flops = flops_per_image(self.live, few)
 
     def _write_selection(self, selection: Selection) -> None:
         report = {"epoch": selection.epoch, "selected": selection.layers, **selection.report.to_dict()}
@@ -202,17 +221,24 @@ class Trainer:
     def _step(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
-        x = batch.x.contiguous(memory_format=torch.channels_last)
+        batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
+        for replay in range(self.live.replays):
+            self._update(batch, replay)
+
+    def _update(self, batch: Batch, replay: int) -> None:
         # what dropout and its like draw depends on the step alone, as all other randomness does
-        torch.manual_seed(stream_seed(self.settings.seed, "forward", self.progress.epoch, self.progress.step))
+        place = (self.progress.epoch, self.progress.step, *([replay] if replay else []))
+        torch.manual_seed(stream_seed(self.settings.seed, "forward", *place))
         with self.fabric.autocast():
-            output = self.live(x, batch.y, batch.index)
+            output = self.live.on(batch)
         self.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(output.loss)
         self.optimizer.step()
+        self.live.step_end()
         sums = self.progress.sums
         for name, value in {"loss": output.loss.detach(), **output.terms}.items():
-            sums[name] = sums[name] + value if name in sums else value.double()
+            part = value.double() / self.live.replays
+            sums[name] = sums[name] + part if name in sums else part
 
     def _lr(self) -> float:
         """The rate of the coming step: the schedule, counted from where the method wants it, times its factor."""
@@ -224,9 +250,9 @@ class Trainer:
         now = self.progress
         means = self._means()
         lr = self.optimizer.param_groups[0]["lr"]
-        now.epoch, now.step = now.epoch + 1, 0
+        epoch = now.epoch + 1
         row: dict[str, Any] = {
-            "epoch": now.epoch,
+            "epoch": epoch,
             "method": self.recipe.method.label,
             "losses": means,
             "lr": lr,
@@ -239,8 +265,13 @@ class Trainer:
             "pgd_at_gflops_per_image": now.pgd_at_flops / 1e9,
             **self.live.facts(),
         }
-        if now.epoch % self.settings.validate_every == 0 or now.epoch == self.recipe.stop_epoch:
+        self.live.epoch_end((batch.x, batch.y) for batch in self._batches(self.data.train))
+        if epoch % self.settings.validate_every == 0 or epoch == self.recipe.stop_epoch:
             row["validation"] = self._validate()
+        if self._has_collapsed(row):
+            self._stop_collapsed(row, progress)
+            return
+        now.epoch, now.step = epoch, 0
         now.log.append(row)
         now.seconds, now.skipped = 0.0, 0
         better = "validation" in row and row["validation"]["robust"] > now.best
@@ -254,6 +285,31 @@ class Trainer:
         progress.say(epoch_line(self.folder.path.name, row), status=epoch_status(now.log))
         if self._stop_asked:
             raise Interrupted
+
+    def _has_collapsed(self, row: dict[str, Any]) -> bool:
+        """Whether robust accuracy fell off a cliff: catastrophic overfitting, as single-step training knows it."""
+        before = [past["validation"]["robust"] for past in self.progress.log if "validation" in past][-1:]
+        most = self.settings.max_drop
+        return most is not None and "validation" in row and any(b - row["validation"]["robust"] > most for b in before)
+
+    def _stop_collapsed(self, row: dict[str, Any], progress: EpochProgress) -> None:
+        """End the run on the checkpoint of the epoch before; the log tells what was seen."""
+        self._collapsed = True
+        now = self.progress
+        row["ended"] = f"robust validation accuracy fell by more than train.max_drop={self.settings.max_drop:g}"
+        self.folder.write_log([*now.log, row])
+        progress.say(epoch_line(self.folder.path.name, row), status=epoch_status([row]))
+        progress.say(
+            f"{self.folder.path.name}: {row['ended']} in epoch {row['epoch']}: catastrophic overfitting; "
+            f"the run ends with the checkpoint of epoch {now.epoch}",
+            status="collapsed",
+        )
+
+    def _finish(self) -> None:
+        """Let the method choose on held-out images, and keep the network that it then means."""
+        self.live.finish((batch.x, batch.y) for batch in self._batches(self.data.validation))
+        if self.live.deployed() is not self.model:
+            self._save("last")
 
     def _title(self) -> str:
         return f"{self.folder.path.name}: {self.recipe.method.label}"
@@ -272,14 +328,15 @@ class Trainer:
 
     def _trainable_share(self) -> float:
         trainable: int = sum(parameter.numel() for parameter in self.live.trainable())
-        return trainable / sum(parameter.numel() for parameter in self.model.parameters())
+        return trainable / sum(parameter.numel() for parameter in self.live.parameters())
 
     # -- measuring --------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, Any]:
         """Clean and robust accuracy on the held-out part of the training data, with the attack of the run."""
         attacks = [EvalAttack("clean", None), EvalAttack("robust", self.recipe.attack)]
-        results = evaluate(self.model, self._batches(self.data.validation), attacks, seed=self.settings.seed)
+        network = self.live.deployed()
+        results = evaluate(network, self._batches(self.data.validation), attacks, seed=self.settings.seed)
         return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
 
     def _evaluate(self) -> None:
@@ -313,22 +370,19 @@ class Trainer:
         return every is not None and self.progress.step % every == 0
 
     def _save(self, name: str) -> None:
-        now = self.progress
-        state = {**vars(now), "live": self.live.state_dict(), "optimizer": self.optimizer.state_dict()}
-        checkpoint.save(self.folder.checkpoints / name, self.model, state)
-
-    def _check_images(self) -> None:
-        began = self.folder.provenance().get("images")
-        if began is not None and began != self.data.identity():
-            raise InputError(
-                f"run {self.folder.path} began on other images ({began['name']}, {began['counts'][0]} for training)"
-                f" than these ({self.data.name}, {len(self.data.train)}); if they were your own, go on in Python:"
-                " Trainer(recipe, data=..., resume=True)"
-            )
+        network = self.live.deployed()
+        state = {
+            **vars(self.progress),
+            "live": self.live.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "parameter_names": parameter_names(self.optimizer, self.live),
+            "training": None if network is self.model else self.model.state_dict(),
+        }
+        checkpoint.save(self.folder.checkpoints / name, network, state)
 
     def _resume(self) -> None:
         """Take up this run where its last checkpoint left it, in the middle of an epoch or between two."""
-        state = checkpoint.load(self.folder.checkpoints / "last", self.model)
+        state = checkpoint.load_training(self.folder.checkpoints / "last", self.model)
         self.optimizer.load_state_dict(state["optimizer"])
         self.live.load_state_dict(state["live"])
         now = _Progress(**{name: state[name] for name in vars(_Progress())})
@@ -337,11 +391,13 @@ class Trainer:
 
     def _continue_from(self, start: RunFolder) -> None:
         """Begin as a branch: weights, momentum, epoch, random streams of a run; its state if the method is the same."""
-        state = checkpoint.load(start.checkpoints / "last", self.model)
-        own = self.optimizer.state_dict()["param_groups"]  # a branch may have its own weight decay, for example
-        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": own})
-        if start.config()["method"] == self.recipe.document()["method"]:
+        same = start.config()["method"] == self.recipe.document()["method"]
+        if same:
+            state = checkpoint.load_training(start.checkpoints / "last", self.model)
             self.live.load_state_dict(state["live"])
+        else:
+            state = checkpoint.read_state(start.checkpoints / "last")
+        continue_momentum(self.optimizer, self.live, state["optimizer"], state["parameter_names"])
         self.live.calls = state["live"]["calls"]
         self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])
 
@@ -361,68 +417,3 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
-    """Refuse what this model can't do before hours are spent, in the branches too.
-
-    Raises:
-        InputError: Names the setting, for example a ``k`` above the number of layers.
-    """
-    device = next(model.parameters()).device
-    x = next(datasets.in_order(data.train, batch_size=1, device=device)).x
-    for member in (recipe, *recipe.branches.values()):
-        member.method.bind(model, attack=member.attack, seed=member.train.seed).check(x)
-
-
-def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0, start_weights: bool = True) -> nn.Module:
-    """Build the network for a data set: its classes, its channels, its statistics inside.
-
-    Args:
-        settings: Which network.
-        data: What it is for.
-        seed: Of the initial weights.
-        start_weights: Whether to load the weights that the settings name; not when a checkpoint follows.
-
-    Raises:
-        InputError: The network cannot be built, its weights do not fit, or it does not take these images.
-    """
-    _, height, width = data.train.shape
-    model = models.create(
-        settings.name,
-        num_classes=len(data.train.classes),
-        width=settings.width,
-        in_channels=data.train.shape[0],
-        image_size=height if height == width else None,
-        mean=settings.mean,
-        std=settings.std,
-        data_statistics=(data.mean, data.std),
-        seed=seed,
-        pretrained=(settings.pretrained or None) if start_weights else False,
-        weights=settings.weights if start_weights else None,
-        classifier=settings.classifier if start_weights else "loaded",
-    )
-    models.check_fit(model, image_shape=data.train.shape, num_classes=len(data.train.classes))
-    return model
-
-
-def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str) -> TrainLoader:
-    """Return the training batches of a recipe.
-
-    Raises:
-        InputError: The batch size does not fit the data, or the recipe names extra images that the data has not.
-    """
-    if recipe.data.extra is not None and data.extra is None:
-        raise InputError(
-            f"data.extra is {recipe.data.extra.path}, and these images of your own come without; give them as"
-            " DataSplits(..., extra=...)"
-        )
-    return datasets.train_loader(
-        data,
-        batch_size=recipe.train.batch_size,
-        device=device,
-        seed=recipe.train.seed,
-        augment=recipe.data.augmentations,
-        extra_fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
-        workers=recipe.data.num_workers,
-    )

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,8 @@ class CLAT(Wrapper):
     Raises:
         InputError: A setting is out of its range, or two contradict each other.
     """
+
+    reads_unlabelled: ClassVar[bool] = True  # L_C asks for no label
 
     k: int | None = None
     lam: float | Literal["auto"] = "auto"

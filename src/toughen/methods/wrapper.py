@@ -92,11 +92,6 @@ class LiveWrapper(Live):
         """See ``Live.probe_size``."""
         return self.inner.probe_size
 
-    @property
-    def needs_source(self) -> bool:
-        """See ``Live.needs_source``."""
-        return self.inner.needs_source
-
     def facts(self) -> dict[str, float]:
         """See ``Live.facts``."""
         return self.inner.facts()

@@ -117,11 +117,6 @@ class Live(ABC):
         """How many images ``epoch_start`` would look at."""
         return 0
 
-    @property
-    def needs_source(self) -> bool:
-        """Whether batches must tell where augmentation moved each pixel from (``Batch.source``)."""
-        return False
-
     def facts(self) -> dict[str, float]:
         """Return what belongs into the log of every epoch, for example CLAT's lambda."""
         return {}

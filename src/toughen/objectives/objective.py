@@ -26,6 +26,7 @@ class Method:
         shapes_step: Whether it acts through ``perturb`` and ``loss`` alone, so that an outer method which has a loss
             of its own would silence it.
         reads_unlabelled: Whether it learns from images without a label (-1).
+        needs_source: Whether batches must tell where augmentation moved each pixel from (``Batch.source``).
         needs_extra: Whether it makes no sense without extra images (``data.extra``).
     """
 
@@ -34,6 +35,7 @@ class Method:
     before: ClassVar[Mapping[str, str]] = {}
     shapes_step: ClassVar[bool] = False
     reads_unlabelled: ClassVar[bool] = False
+    needs_source: ClassVar[bool] = False
     needs_extra: ClassVar[bool] = False
 
     def check_stack(self, methods: Sequence["Method"]) -> None:

@@ -1,0 +1,94 @@
+"""What a recipe is made of: its network, its batches, and a look at whether they fit each other."""
+
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from toughen import data as datasets
+from toughen import models
+from toughen.data import DataSplits, TrainLoader
+from toughen.engine.recipe import ModelSettings, Recipe
+from toughen.errors import InputError
+from toughen.methods import Stack
+
+
+def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
+    """Refuse what this model or data can't serve before hours are spent, in the branches too.
+
+    Raises:
+        InputError: Names the setting, for example a ``k`` above the number of layers.
+    """
+    device = next(model.parameters()).device
+    x = next(datasets.in_order(data.train, batch_size=1, device=device)).x
+    for member in (recipe, *recipe.branches.values()):
+        _check_extra(member.method, data)
+        # on a copy: binding may attach adapters
+        member.method.bind(deepcopy(model), attack=member.attack, seed=member.train.seed).check(x)
+
+
+def _check_extra(method: Stack, data: DataSplits) -> None:
+    """Refuse extra images that the methods can't use, and their absence where a method is about them."""
+    for member in method.methods:
+        if member.needs_extra and data.extra is None:
+            raise InputError(f"{member.label} trains on extra images; name their file as data.extra.path")
+    if data.extra is not None and not any(member.reads_unlabelled for member in method.methods):
+        missing = int((data.extra.labels < 0).sum())
+        if missing:
+            raise InputError(
+                f"{missing} of the extra images have no label (-1), from which {method.label} learns nothing;"
+                " use trades or rst, or leave these images out"
+            )
+
+
+def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0, start_weights: bool = True) -> nn.Module:
+    """Build the network for a data set: its classes, its channels, its statistics inside.
+
+    Args:
+        settings: Which network.
+        data: What it is for.
+        seed: Of the initial weights.
+        start_weights: Whether to load the weights that the settings name; not when a checkpoint follows.
+
+    Raises:
+        InputError: The network cannot be built, its weights do not fit, or it does not take these images.
+    """
+    _, height, width = data.train.shape
+    model = models.create(
+        settings.name,
+        num_classes=len(data.train.classes),
+        width=settings.width,
+        in_channels=data.train.shape[0],
+        image_size=height if height == width else None,
+        mean=settings.mean,
+        std=settings.std,
+        data_statistics=(data.mean, data.std),
+        seed=seed,
+        pretrained=(settings.pretrained or None) if start_weights else False,
+        weights=settings.weights if start_weights else None,
+        classifier=settings.classifier if start_weights else "loaded",
+    )
+    models.check_fit(model, image_shape=data.train.shape, num_classes=len(data.train.classes))
+    return model
+
+
+def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str) -> TrainLoader:
+    """Return the training batches of a recipe.
+
+    Raises:
+        InputError: The batch size does not fit the data, or the recipe names extra images that the data has not.
+    """
+    if recipe.data.extra is not None and data.extra is None:
+        raise InputError(
+            f"data.extra is {recipe.data.extra.path}, and these images of your own come without; give them as"
+            " DataSplits(..., extra=...)"
+        )
+    return datasets.train_loader(
+        data,
+        batch_size=recipe.train.batch_size,
+        device=device,
+        seed=recipe.train.seed,
+        augment=recipe.data.augmentations,
+        extra_fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
+        workers=recipe.data.num_workers,
+    )

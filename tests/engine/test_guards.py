@@ -1,0 +1,40 @@
+import pytest
+
+from small_runs import recipe
+from toughen.engine import Trainer, TrainSettings, checkpoint
+from toughen.errors import InputError
+
+
+def run_with(robust, folder, monkeypatch, **settings):
+    """A run whose robust validation accuracies are given."""
+    found = iter(robust)
+    monkeypatch.setattr(Trainer, "_validate", lambda self: {"clean": 0.9, "robust": next(found), "n": 20})
+    return Trainer(recipe(train={"epochs": len(robust), "batch_size": 20, **settings}), out=folder).fit()
+
+
+def test_a_collapse_ends_the_run_on_the_checkpoint_of_the_epoch_before(tmp_path, monkeypatch, capsys):
+    run = run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", monkeypatch, max_drop=0.25)
+    assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 2
+    assert [row["epoch"] for row in run.log()] == [1, 2, 3]
+    assert run.log()[-1]["ended"] == "robust validation accuracy fell by more than train.max_drop=0.25"
+    assert run.finished
+    assert (
+        "in epoch 3: catastrophic overfitting; the run ends with the checkpoint of epoch 2" in capsys.readouterr().err
+    )
+
+
+def test_a_smaller_drop_and_a_run_without_the_guard_go_on(tmp_path, monkeypatch):
+    for number, settings in enumerate([{"max_drop": 0.35}, {}]):
+        run = run_with([0.3, 0.5, 0.2, 0.6], tmp_path / str(number), monkeypatch, **settings)
+        assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 4
+
+
+@pytest.mark.parametrize("drop", [0.0, 1.0, 20.0])
+def test_a_drop_that_is_no_share_is_refused(drop):
+    with pytest.raises(InputError, match=rf"train.max_drop is {drop}; it must lie between 0 and 1"):
+        TrainSettings(epochs=1, max_drop=drop)
+
+
+def test_nesterov_without_momentum_is_refused():
+    with pytest.raises(InputError, match="train.nesterov needs optimizer='sgd' and a momentum above 0"):
+        TrainSettings(epochs=1, nesterov=True, momentum=0.0)
