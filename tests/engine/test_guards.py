@@ -36,5 +36,5 @@ def test_a_drop_that_is_no_share_is_refused(drop):
 
 
 def test_nesterov_without_momentum_is_refused():
-    with pytest.raises(InputError, match="train.nesterov needs optimizer='sgd' and a momentum above 0"):
+    with pytest.raises(InputError, match=r"train\.nesterov needs optimizer='sgd' and a momentum above 0"):
         TrainSettings(epochs=1, nesterov=True, momentum=0.0)

@@ -37,7 +37,7 @@ def test_a_branch_with_other_groups_goes_on_with_the_momentum_of_its_run_by_name
     run = trunk.fit()
     member = Trainer(wanted.branches["spared"], out=tmp_path / "other", start=RunFolder.open(run.path))
     state = checkpoint.read_state(run.checkpoints / "last")
-    names = {name: parameter for name, parameter in member.live.named_parameters().items()}
+    names = member.live.named_parameters()
     assert len(names) == len(state["parameter_names"])
     for number, name in enumerate(state["parameter_names"]):
         ours = member.optimizer.state[names[name]]["momentum_buffer"]
