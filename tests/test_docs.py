@@ -24,13 +24,15 @@ def ids(page: Path) -> str:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
 def test_the_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     namespace: dict[str, Any] = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=ids)
-def test_the_recipe_fragments_of_a_page_resolve(page: Path) -> None:
+def test_the_recipe_fragments_of_a_page_resolve(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
     for block in blocks(page, "yaml"):
         resolve({**read_document("cifar10_resnet18_pgdat_clat"), **yaml.safe_load(block)})
 

@@ -1,9 +1,10 @@
-"""One small registry class; the named instances live with their kind."""
+"""One small registry class, whose named instances live with their kind; and what users bring from their own packages."""
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from toughen.errors import unknown
+from toughen.errors import InputError, first_line, unknown
 
 T = TypeVar("T")
 
@@ -55,3 +56,29 @@ class Registry(Mapping[str, T]):
             if value is entry:
                 return name
         raise ValueError(f"{entry!r} is not a registered {self.kind}")
+
+
+def imported(spec: str, *, what: str) -> Callable[..., Any]:
+    """Import what ``package.module:name`` names, a function or a class.
+
+    Only where Python itself looks: a recipe's folder may come from anywhere, and must not bring code along.
+
+    Args:
+        spec: As a user writes it.
+        what: What it is for, for the message, for example ``"model"``.
+
+    Raises:
+        InputError: There is no such module, or nothing of that name to call in it.
+    """
+    place, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(place)
+    except (ImportError, SyntaxError, ValueError) as error:
+        raise InputError(
+            f"{what} {spec!r} cannot be imported ({first_line(error)}); install its package, or set PYTHONPATH to the"
+            " folder that it is in"
+        ) from error
+    if not callable(function := vars(module).get(name)):
+        raise unknown(f"function in {place}", name, [key for key, value in vars(module).items() if callable(value)])
+    found: Callable[..., Any] = function
+    return found

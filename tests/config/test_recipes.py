@@ -280,3 +280,66 @@ def test_another_network_does_not_inherit_the_width_of_the_recipes_own():
     assert load_recipe("digits").model.width == 16
     assert load_recipe("digits", ["model.name=timm/resnet18"]).model.width is None
     assert load_recipe("digits", ["model.name=resnet18", "model.width=8"]).model.width == 8
+
+
+# -- methods of the user's own ------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+OWN = {"name": "half_and_half:HalfAndHalf", "share": 0.3}
+
+
+def test_a_method_of_the_user_s_own_is_named_by_its_module_and_kept_so(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    wanted = resolve(document(method=[OWN, {"name": "clat", "k": 1}]))
+    assert wanted.method.label == "half and half + CLAT"
+    assert wanted.document()["method"][0] == OWN
+    assert resolve(wanted.document()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "nowhere_to_be:Found"}, r"method 'nowhere_to_be:Found' cannot be imported \(No module named"),
+        ({"name": "half_and_half:HalfAndHalves"}, r"unknown function in half_and_half 'HalfAndHalves'; did you mean"),
+        ({"name": "half_and_half:cross_entropy"}, r"^method 'half_and_half:cross_entropy' is no Objective"),
+        ({"name": "os:system", "command": "exit 1"}, r"^method 'os:system' is no Objective and no Wrapper of toughen"),
+        ({**OWN, "share": 3}, r"half-and-half share is 3\.0; it must lie in \[0, 1\]"),
+    ],
+)
+def test_what_is_no_method_is_refused_in_one_line(method, message, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(InputError, match=message):
+        resolve(document(method=[method]))
+
+
+# -- a recipe on top of another -----------------------------------------------------------------------
+
+
+def write(path, **content):
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def test_a_recipe_extends_another_key_by_key_and_brings_its_own_methods_and_branches(tmp_path):
+    own = write(
+        tmp_path / "own.yaml", extends="digits", train={"lr": 0.05}, method=[{"name": "clean"}], branches={"one": {}}
+    )
+    wanted, base = load_recipe(own), load_recipe("digits")
+    assert (wanted.train.lr, wanted.train.epochs, wanted.data) == (0.05, base.train.epochs, base.data)
+    assert wanted.method.label == "clean"
+    assert list(wanted.branches) == ["one"]
+    further = write(tmp_path / "further.yaml", extends="own.yaml", train={"epochs": 40})
+    assert load_recipe(further).train.lr == 0.05
+    assert load_recipe(further).train.epochs == 40
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path):
+    write(tmp_path / "a.yaml", extends="b.yaml")
+    write(tmp_path / "b.yaml", extends="a.yaml")
+    with pytest.raises(InputError, match=r"a\.yaml extends itself: .*a\.yaml -> .*b\.yaml -> .*a\.yaml$"):
+        load_recipe(str(tmp_path / "a.yaml"))
+
+
+def test_a_recipe_that_extends_what_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"unknown recipe 'digitz'; did you mean 'digits'"):
+        load_recipe(write(tmp_path / "own.yaml", extends="digitz"))

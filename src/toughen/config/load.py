@@ -1,7 +1,7 @@
 """Recipes: found by name or path, overridden by dotted keys, resolved to settings."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -15,9 +15,9 @@ from toughen.config.build import build
 from toughen.data import AUGMENTS, DataSettings
 from toughen.engine import EvaluateSettings, ModelSettings, Recipe, TrainSettings
 from toughen.errors import InputError, unknown
-from toughen.methods import Stack, stack
-from toughen.objectives import METHODS
-from toughen.registry import Registry
+from toughen.methods import Stack, Wrapper, stack
+from toughen.objectives import METHODS, Objective
+from toughen.registry import Registry, imported
 from toughen.types import ThreatModel
 
 ATTACKS: Registry[Any] = Registry("attack")
@@ -51,15 +51,40 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
 def recipe_names() -> dict[str, str]:
     """Return the recipes that come with the package, each with its first line of description."""
     names = {}
-    for file in sorted(_shelf().iterdir(), key=lambda file: file.name):
-        if file.name.endswith(".yaml"):
-            description = yaml.safe_load(file.read_text()).get("description", "")
-            names[file.name.removesuffix(".yaml")] = description.strip().splitlines()[0]
+    for file in sorted(_on_shelf(_shelf())):
+        description = yaml.safe_load((_shelf() / f"{file}.yaml").read_text()).get("description", "")
+        names[file] = description.strip().splitlines()[0]
     return names
 
 
 def read_document(name: str) -> dict[str, Any]:
-    """Read a recipe as plain values, without checking them."""
+    """Read a recipe as plain values, without checking them, laid over the one that it extends.
+
+    Mappings are laid over each other key by key; ``method`` and ``branches`` replace those of the other recipe.
+
+    Raises:
+        InputError: There is no such recipe, it is no mapping, or it extends itself.
+    """
+    return _extended(name, ())
+
+
+def _extended(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name in seen:
+        raise InputError(f"recipe {name} extends itself: {' -> '.join([*seen, name])}")
+    document = _read(name)
+    if "extends" not in document:
+        return document
+    base = str(document.pop("extends"))
+    if base.endswith((".yaml", ".yml")) and name.endswith((".yaml", ".yml")):
+        base = str(Path(name).parent / base)
+    below = _extended(base, (*seen, name))
+    if "branches" in document:
+        below.pop("branches", None)
+    merged: dict[str, Any] = _merged(below, document)
+    return merged
+
+
+def _read(name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -114,6 +139,17 @@ def _shelf() -> Traversable:
     return files("toughen") / "recipes"
 
 
+def _on_shelf(folder: Traversable, under: str = "") -> list[str]:
+    """The names of the recipes in a folder and in the folders below it, as in ``folder/name``."""
+    found = []
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            found += _on_shelf(entry, f"{under}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            found.append(under + entry.name.removesuffix(".yaml"))
+    return found
+
+
 def _model(values: Any) -> ModelSettings:
     settings = build(ModelSettings, values, path="model")
     models.check_spec(settings.name)  # an unknown name is refused here, before any data is read
@@ -131,17 +167,32 @@ def _data(values: Any) -> DataSettings:
     return build(DataSettings, values, path="data")
 
 
-def _named(registry: Registry[Any], values: Any, *, path: str, **given: Any) -> Any:
+def _named(
+    registry: Registry[Any], values: Any, *, path: str, find: Callable[[str], Any] | None = None, **given: Any
+) -> Any:
     if not isinstance(values, Mapping) or "name" not in values:
         raise InputError(f"{path} is {values!r}; it must be a mapping with a name: {', '.join(registry)}")
+    find = registry.__getitem__ if find is None else find
     settings = {key: value for key, value in values.items() if key != "name"}
-    return build(registry[str(values["name"])], settings, path=f"{path} {values['name']}", **given)
+    name = str(values["name"])
+    return build(find(name), settings, path=f"{path} {name}", **given)
 
 
 def _stack(methods: Any) -> Stack:
     if not isinstance(methods, list):
         raise InputError(f"method is {methods!r}; it must be a list from inner to outer, each with a name")
-    return stack(*(_named(METHODS, method, path=f"method.{number}") for number, method in enumerate(methods)))
+    named = [_named(METHODS, method, path=f"method.{n}", find=_method) for n, method in enumerate(methods)]
+    return stack(*named)
+
+
+def _method(name: str) -> Any:
+    """Find a method by its name, or a class of the user's own; nothing else that can be imported is ever called."""
+    if ":" not in name:
+        return METHODS[name]
+    found = imported(name, what="method")
+    if not (isinstance(found, type) and issubclass(found, Objective | Wrapper)):
+        raise InputError(f"method {name!r} is no Objective and no Wrapper of toughen; see docs/add-an-objective.md")
+    return found
 
 
 def _epoch(value: Any) -> int | None:

@@ -260,7 +260,10 @@ class Recipe:
 
 def _named(member: Objective | Wrapper | Augmentation, registry: Registry[Any]) -> dict[str, Any]:
     settings = {f.name: getattr(member, f.name) for f in fields(member)}  # type: ignore[arg-type]
-    return {"name": registry.name_of(type(member)), **settings}
+    kind = type(member)
+    # whoever reads the file later must find a class of the user's own, registered or not
+    own = not kind.__module__.startswith("toughen.")
+    return {"name": f"{kind.__module__}:{kind.__name__}" if own else registry.name_of(kind), **settings}
 
 
 def _refuse(value: Any) -> Any:

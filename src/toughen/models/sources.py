@@ -4,7 +4,6 @@ Each source builds a network that maps images to logits, and knows the statistic
 with. timm and torchvision take seconds to import, so they are imported when one of their networks is asked for.
 """
 
-import importlib
 import inspect
 import json
 import re
@@ -17,6 +16,7 @@ from torch import nn
 
 from toughen.errors import InputError, first_line, unknown
 from toughen.models.weights import Classifier, fit_weights
+from toughen.registry import imported
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 
@@ -195,29 +195,7 @@ def _hub_file(name: str, file: str) -> Path:
 
 
 def _check_function(spec: str) -> None:
-    _function(spec)
-
-
-def _function(spec: str) -> Callable[..., Any]:
-    """Import what ``package.module:function`` names.
-
-    Only where Python itself looks: a recipe's folder may come from anywhere, and must not bring code along.
-
-    Raises:
-        InputError: There is no such module, or nothing of that name to call in it.
-    """
-    place, _, name = spec.partition(":")
-    try:
-        module = importlib.import_module(place)
-    except (ImportError, SyntaxError) as error:
-        raise InputError(
-            f"model {spec!r} cannot be imported ({first_line(error)}); install its package, or set PYTHONPATH to the"
-            " folder that it is in"
-        ) from error
-    if not callable(function := vars(module).get(name)):
-        raise unknown(f"function in {place}", name, [key for key, value in vars(module).items() if callable(value)])
-    found: Callable[..., Any] = function
-    return found
+    imported(spec, what="model")
 
 
 def _build_function(spec: str, wanted: Wanted) -> Foreign:
@@ -228,7 +206,7 @@ def _build_function(spec: str, wanted: Wanted) -> Foreign:
     Raises:
         InputError: It is not there, needs other arguments, or returns something else than a module.
     """
-    function = _function(spec)
+    function = imported(spec, what="model")
     if isinstance(function, nn.Module):
         raise InputError(f"{spec} is a model, not a function that returns one; name a function or a class")
     try:

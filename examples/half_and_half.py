@@ -1,0 +1,48 @@
+"""An objective in one file: half of the loss on clean images, half on perturbed ones (Goodfellow et al. 2015)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from toughen.attacks import Attack
+from toughen.errors import InputError
+from toughen.layers import ModelView
+from toughen.objectives import METHODS, Objective
+from toughen.objectives.cross_entropy import cross_entropy
+from toughen.types import AdversarialBatch, Batch, StepOutput
+
+
+@METHODS.register("half-and-half")
+@dataclass(frozen=True, kw_only=True)
+class HalfAndHalf(Objective):
+    """(1 - share) * CE(F(x), y) + share * CE(F(x + delta), y).
+
+    Args:
+        share: Weight of the perturbed images, in [0, 1]; 0 is clean training, 1 is PGD-AT.
+
+    Raises:
+        InputError: ``share`` is outside [0, 1].
+    """
+
+    label: ClassVar[str] = "half and half"
+
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise InputError(f"half-and-half share is {self.share}; it must lie in [0, 1]")
+
+    def perturb(
+        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
+    ) -> AdversarialBatch:
+        """Maximise the cross-entropy."""
+        return AdversarialBatch(batch, attack(model, batch.x, batch.y, start=batch.start, generator=generator))
+
+    def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
+        """Return the weighted sum."""
+        clean = cross_entropy(view(adv.batch.x), adv.batch.y)
+        perturbed = cross_entropy(view(adv.x_adv), adv.batch.y)
+        terms = {"clean_ce": clean.detach(), "adv_ce": perturbed.detach()}
+        return StepOutput((1 - self.share) * clean + self.share * perturbed, terms)
