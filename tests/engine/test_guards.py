@@ -2,6 +2,7 @@ import pytest
 
 from small_runs import recipe
 from toughen.engine import Trainer, TrainSettings, checkpoint
+from toughen.engine.auto_rate import halvings
 from toughen.errors import InputError
 
 
@@ -38,3 +39,23 @@ def test_a_drop_that_is_no_share_is_refused(drop):
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(InputError, match=r"train\.nesterov needs optimizer='sgd' and a momentum above 0"):
         TrainSettings(epochs=1, nesterov=True, momentum=0.0)
+
+
+def test_the_automatic_schedule_halves_the_rate_and_goes_on_from_the_best_weights(tmp_path, monkeypatch):
+    settings = {"schedule": "auto", "lr": 0.1, "max_drop": None}
+    robust = [0.1, 0.5, 0.4, 0.3, 0.2, 0.1]  # best after epoch 2; a decision after epoch 2, 3 and later
+    run = run_with(robust, tmp_path / "run", monkeypatch, **settings)
+    halved = halvings(robust, len(robust))
+    rates = [row["lr"] for row in run.log()]
+    assert halved[0] == 3
+    assert rates == [0.1 * 0.5 ** sum(place < epoch for place in halved) for epoch in range(1, 7)]
+    shorter = run_with(robust[:3], tmp_path / "again", monkeypatch, **{**settings, "epochs": 6, "patience": 1})
+    best, last = (checkpoint.read_state(shorter.checkpoints / name)["epoch"] for name in ("best", "last"))
+    assert (best, last) == (2, 3)
+    weights = [(shorter.checkpoints / name / "weights.safetensors").read_bytes() for name in ("best", "last")]
+    assert weights[0] == weights[1]
+
+
+def test_the_automatic_schedule_needs_a_validation_after_every_epoch():
+    with pytest.raises(InputError, match=r"looks at every epoch's validation, but validate_every is 2; set it to 1"):
+        TrainSettings(epochs=4, schedule="auto", validate_every=2)

@@ -18,7 +18,7 @@ from toughen.registry import Registry
 from toughen.types import ThreatModel
 
 Device = Literal["auto", "cpu", "cuda"]
-Schedule = Literal["cosine", "piecewise", "cyclic", "onecycle", "constant"]
+Schedule = Literal["cosine", "piecewise", "cyclic", "onecycle", "auto", "constant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,8 @@ class TrainSettings:
         norm_decay: Whether it acts on scale and shift of batch norm and its like too (``"include"``).
         schedule: ``"cosine"`` from lr to 0; ``"piecewise"`` multiplies by ``gamma`` at each of ``milestones``;
             ``"cyclic"`` climbs linearly from 0 to lr at ``peak`` and back; ``"onecycle"`` climbs from lr/25 and falls
-            to lr/250,000 along cosines; ``"constant"``. Applied at every step.
+            to lr/250,000 along cosines; ``"auto"`` halves it where validation says so (``auto_rate``);
+            ``"constant"``. Applied at every step.
         milestones: Shares of the run, in (0, 1).
         gamma: Factor at a milestone.
         peak: Share of the run at which the cyclic and the one-cycle schedule are highest, in (0, 1).
@@ -115,6 +116,11 @@ class TrainSettings:
             raise InputError(f"train.milestones {list(self.milestones)} and peak {self.peak} must lie between 0 and 1")
         if self.max_drop is not None and not 0 < self.max_drop < 1:
             raise InputError(f"train.max_drop is {self.max_drop}; it must lie between 0 and 1, for example 0.2")
+        if self.schedule == "auto" and self.validate_every != 1:
+            raise InputError(
+                f"train.schedule=auto looks at every epoch's validation, but validate_every is {self.validate_every};"
+                " set it to 1"
+            )
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise InputError("train.nesterov needs optimizer='sgd' and a momentum above 0")
         if self.seed < 0:

@@ -20,6 +20,7 @@ from toughen import models
 from toughen.criticality.selection import Selection
 from toughen.data import DataSplits, Images
 from toughen.engine import checkpoint
+from toughen.engine.auto_rate import halvings
 from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import pick_device, pick_precision
 from toughen.engine.flops import flops_per_image
@@ -244,7 +245,15 @@ class Trainer:
         """The rate of the coming step: the schedule, counted from where the method wants it, times its factor."""
         now, start = self.progress, self.live.schedule_start
         done = now.epoch - start + now.step / self.loader.steps_per_epoch
-        return self.settings.lr_at(done / (self.settings.epochs - start)) * self.live.lr_scale
+        lr = self.settings.lr_at(done / (self.settings.epochs - start)) * self.live.lr_scale
+        return lr * 0.5 ** len(self._halvings()) if self.settings.schedule == "auto" else lr
+
+    def _halvings(self) -> list[int]:
+        """After which epochs of this run, or branch, the automatic schedule halves the rate."""
+        log = self.progress.log
+        before = log[0]["epoch"] - 1 if log else 0
+        found = halvings([row["validation"]["robust"] for row in log], self.settings.epochs - before)
+        return [before + epoch for epoch in found]
 
     def _epoch_end(self, progress: EpochProgress) -> None:
         now = self.progress
@@ -280,11 +289,20 @@ class Trainer:
         # in this order, a kill between two of them is made good when the epoch is repeated
         if better:
             self._save("best")
+        if self.settings.schedule == "auto" and now.epoch in self._halvings():
+            self._take_up_best()
         self.folder.write_log(now.log)
         self._save("last")
         progress.say(epoch_line(self.folder.path.name, row), status=epoch_status(now.log))
         if self._stop_asked:
             raise Interrupted
+
+    def _take_up_best(self) -> None:
+        """Go on from the best weights so far, with fresh random draws."""
+        calls = self.live.calls
+        state = checkpoint.load_training(self.folder.checkpoints / "best", self.model)
+        self.live.load_state_dict(state["live"])
+        self.live.calls = calls
 
     def _has_collapsed(self, row: dict[str, Any]) -> bool:
         """Whether robust accuracy fell off a cliff: catastrophic overfitting, as single-step training knows it."""
