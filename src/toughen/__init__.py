@@ -13,14 +13,26 @@ from toughen.engine import Trainer
 from toughen.errors import InputError
 from toughen.evaluation import evaluate, parse_attack
 from toughen.layers import map_layers
-from toughen.methods import CLAT, CLATPaper, stack
-from toughen.objectives import PGDAT, CleanCE
+from toughen.methods import AWP, CLAT, EMA, SWA, TWINS, CLATPaper, stack
+from toughen.objectives import ALP, MART, PGDAT, PGDATLSE, RST, TRADES, TRADESLSE, AdaptiveSmoothing, AutoLoRa, CleanCE
 from toughen.types import Batch, ThreatModel
 
 __all__ = [
+    "ALP",
+    "AWP",
     "CLAT",
+    "EMA",
+    "MART",
     "PGD",
     "PGDAT",
+    "PGDATLSE",
+    "RST",
+    "SWA",
+    "TRADES",
+    "TRADESLSE",
+    "TWINS",
+    "AdaptiveSmoothing",
+    "AutoLoRa",
     "Batch",
     "CLATPaper",
     "CleanCE",

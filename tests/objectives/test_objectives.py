@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from as_found import left_as_found
 from toughen.attacks import PGD
+from toughen.errors import InputError
 from toughen.objectives import METHODS, PGDAT, CleanCE
 from toughen.rng import generator
 from toughen.types import Batch, ThreatModel
@@ -107,3 +108,56 @@ def test_a_batch_without_any_label_has_loss_zero_and_a_finite_gradient():
     loss = PGDAT().bind(model, attack=PGD2)(X, torch.full_like(Y, -1)).loss
     assert loss.item() == 0.0
     assert all(value.isfinite().all() for value in gradients(model, loss))
+
+
+# -- label smoothing ------------------------------------------------------------------------------
+
+
+def smoothed(logits, y, smoothing):
+    """-sum_k q_k log p_k over images with a label; q is the label, less ``smoothing`` that all classes share."""
+    log_p = logits.double() - logits.double().exp().sum(dim=1, keepdim=True).log()
+    losses = [
+        -sum((smoothing / 4 + (1 - smoothing) * float(k == y[i])) * log_p[i, k] for k in range(4))
+        for i in range(len(y))
+        if y[i] >= 0
+    ]
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.7])
+@pytest.mark.parametrize("missing", [(), (1, 4)], ids=["labelled", "partly labelled"])
+def test_smoothed_labels_share_a_part_of_their_weight_among_all_classes(missing, smoothing):
+    labels = Y.clone()
+    labels[list(missing)] = -1
+    model, alone = build("nested").double(), build("nested").double()
+    still = PGD(ThreatModel(eps=0.0), step_size=0.05, steps=1)
+    loss = PGDAT(label_smoothing=smoothing).bind(model, attack=still)(X.double(), labels).loss
+    expected = smoothed(alone(X.double()), labels, smoothing)
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(gradients(model, loss), gradients(alone, expected), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+
+
+def test_smoothing_changes_the_loss_and_not_the_attack():
+    plain, smooth = (PGDAT(label_smoothing=s).bind(build("nested"), attack=PGD2) for s in (0.0, 0.1))
+    found = [live.perturb(Batch(X, Y), generator=torch.Generator()).x_adv for live in (plain, smooth)]
+    assert torch.equal(*found)
+    assert not torch.equal(plain(X, Y).loss, smooth(X, Y).loss)
+
+
+def test_smoothing_leaves_a_batch_without_any_label_at_zero():
+    model = build("nested")
+    loss = PGDAT(label_smoothing=0.1).bind(model, attack=PGD2)(X, torch.full_like(Y, -1)).loss
+    assert loss.item() == 0.0
+    assert all(value.isfinite().all() for value in gradients(model, loss))
+
+
+def test_the_row_label_says_what_is_smoothed():
+    assert PGDAT().label == "PGD-AT"
+    assert PGDAT(label_smoothing=0.1).label == "PGD-AT (label smoothing 0.1)"
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
+def test_smoothing_all_or_less_than_nothing_away_is_refused(smoothing):
+    with pytest.raises(InputError, match=f"pgd-at label_smoothing is {smoothing}; it must be at least 0 and below 1"):
+        PGDAT(label_smoothing=smoothing)

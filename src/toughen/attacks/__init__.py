@@ -4,7 +4,17 @@ All are training-grade: they always return a perturbed batch and leave the model
 """
 
 from toughen.attacks.fgsm import fgsm_rs
-from toughen.attacks.goals import CrossEntropy, FeatureNorm, FeatureShift, Goal, KLToClean, Margin
+from toughen.attacks.goals import (
+    CrossEntropy,
+    FeatureNorm,
+    FeatureShift,
+    Goal,
+    KLToClean,
+    LeastLikely,
+    Margin,
+    ProbabilityShift,
+    SquaredError,
+)
 from toughen.attacks.pgd import PGD, Attack
 from toughen.attacks.threat import gaussian_start
 
@@ -16,7 +26,10 @@ __all__ = [
     "FeatureShift",
     "Goal",
     "KLToClean",
+    "LeastLikely",
     "Margin",
+    "ProbabilityShift",
+    "SquaredError",
     "fgsm_rs",
     "gaussian_start",
 ]

@@ -9,6 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toughen.attacks.probabilities import (
+    at_least_float32,
+    kl_divergence,
+    log_probabilities,
+    probabilities,
+    squared_distance,
+    squared_error,
+)
 from toughen.errors import InputError
 from toughen.layers import ModelView
 
@@ -30,7 +38,27 @@ class CrossEntropy:
 
     def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
         """See ``Goal.bind``; ``x`` is not used."""
-        return lambda x_adv: F.cross_entropy(view(x_adv), y, reduction="none", ignore_index=-1)
+        return lambda x_adv: F.cross_entropy(at_least_float32(view(x_adv)), y, reduction="none", ignore_index=-1)
+
+
+@dataclass(frozen=True)
+class LeastLikely:
+    """Minus the cross-entropy with the class that the clean image is least likely to be: a targeted attack."""
+
+    def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
+        """See ``Goal.bind``; ``y`` is not used."""
+        with torch.no_grad():
+            target = view(x).argmin(dim=1)
+        return lambda x_adv: -F.cross_entropy(at_least_float32(view(x_adv)), target, reduction="none")
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """||p(x_adv) - e_y||^2, the Brier score (untargeted); 0 for an image without a label (-1)."""
+
+    def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
+        """See ``Goal.bind``; ``x`` is not used."""
+        return lambda x_adv: squared_error(probabilities(view(x_adv)), y)
 
 
 @dataclass(frozen=True)
@@ -56,13 +84,19 @@ class KLToClean:
     def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
         """See ``Goal.bind``; ``y`` is not used."""
         with torch.no_grad():
-            log_p = view(x).log_softmax(dim=1)
+            log_p = log_probabilities(view(x))
+        return lambda x_adv: kl_divergence(log_p, log_probabilities(view(x_adv)))
 
-        def divergence(x_adv: Tensor) -> Tensor:
-            log_q = view(x_adv).log_softmax(dim=1)
-            return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
-        return divergence
+@dataclass(frozen=True)
+class ProbabilityShift:
+    """||p(x_adv) - p(x)||^2, SCORE's inner objective; its gradient vanishes at x_adv = x, so start elsewhere."""
+
+    def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
+        """See ``Goal.bind``; ``y`` is not used."""
+        with torch.no_grad():
+            p = probabilities(view(x))
+        return lambda x_adv: squared_distance(probabilities(view(x_adv)), p)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +148,7 @@ def feature_distance(feature: Tensor, clean: Tensor, *, norm: FeatureNorm = "l2"
     Returns:
         [B], non-negative.
     """
-    difference = (feature - clean).flatten(1)
-    if difference.dtype in (torch.float16, torch.bfloat16):
-        difference = difference.float()  # autocast features: a sum of squares needs more than 8 bits
-    squares = difference.square().sum(dim=1)
+    squares = at_least_float32(feature - clean).flatten(1).square().sum(dim=1)
     if norm == "squared":
         return squares
     length = (squares + 1e-12).sqrt()  # the gradient of a bare sqrt at 0 is infinite

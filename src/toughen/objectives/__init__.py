@@ -1,9 +1,33 @@
 """Training objectives: how a batch is perturbed, and the loss on it. Each is one frozen dataclass in one file."""
 
+from toughen.objectives.adaptive_smoothing import AdaptiveSmoothing
+from toughen.objectives.alp import ALP
+from toughen.objectives.autolora import AutoLoRa
 from toughen.objectives.clean_ce import CleanCE
 from toughen.objectives.feature_loss import feature_loss
 from toughen.objectives.live import Live
+from toughen.objectives.mart import MART
 from toughen.objectives.objective import METHODS, LiveObjective, Method, Objective
 from toughen.objectives.pgd_at import PGDAT
+from toughen.objectives.rst import RST
+from toughen.objectives.score import PGDATLSE, TRADESLSE
+from toughen.objectives.trades import TRADES
 
-__all__ = ["METHODS", "PGDAT", "CleanCE", "Live", "LiveObjective", "Method", "Objective", "feature_loss"]
+__all__ = [
+    "ALP",
+    "MART",
+    "METHODS",
+    "PGDAT",
+    "PGDATLSE",
+    "RST",
+    "TRADES",
+    "TRADESLSE",
+    "AdaptiveSmoothing",
+    "AutoLoRa",
+    "CleanCE",
+    "Live",
+    "LiveObjective",
+    "Method",
+    "Objective",
+    "feature_loss",
+]
