@@ -1,4 +1,4 @@
-"""One small registry class, whose named instances live with their kind; and what users bring from their own packages."""
+"""One small registry class, whose instances live with their kind; and what users bring from their own packages."""
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping

@@ -323,3 +323,19 @@ def test_an_l_inf_budget_beyond_the_range_of_pixels_is_refused_with_the_likely_m
         ThreatModel(norm="linf", eps=8)
     assert ThreatModel(norm="linf", eps=8, bounds=(0, 255)).eps == 8
     assert ThreatModel(norm="l2", eps=8).eps == 8
+
+
+def test_a_given_start_is_where_the_search_begins():
+    model, a = linear()
+    attack = PGD(LINF, step_size=0.02, steps=1)
+    y, start = torch.zeros(len(X), dtype=torch.long), (X + 0.05).clamp(0, 1)
+    expected = (X + (start + 0.02 * a.sign() - X).clamp(-0.1, 0.1)).clamp(0, 1)
+    torch.testing.assert_close(attack(model, X, y, start=start), expected)
+
+
+def test_a_start_outside_the_ball_is_never_returned():
+    model, a = linear()
+    y = torch.zeros(len(X), dtype=torch.long)
+    attack = PGD(ThreatModel(eps=0.01), step_size=0.0, steps=1, keep="worst")
+    delta = attack(model, X, y, start=X + a.sign()) - X
+    assert float(delta.abs().max()) <= 0.01 + 1e-6

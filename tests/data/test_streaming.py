@@ -56,7 +56,7 @@ def epoch(
 
 def equal(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        torch.equal(a, b)  # type: ignore[arg-type]
+        (a is None and b is None) or torch.equal(a, b)  # type: ignore[arg-type]
         for one, two in zip(first, second, strict=True)
         for a, b in zip(one, two, strict=True)
     )

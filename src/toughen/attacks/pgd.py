@@ -140,6 +140,8 @@ class PGD:
         x_adv = x.clone() if start is None else start.detach()
         if start is None and self.random_start:
             x_adv = (x_adv + ball.sample(x, radius, generator)).clamp_(low, high)
+        if start is not None and self.keep == "worst":  # the start itself may be returned
+            x_adv = (x + ball.project(x_adv - x, radius)).clamp_(low, high)
         best, best_value = x_adv, torch.full((x.shape[0],), -math.inf, device=x.device)
         for _ in range(self.steps):
             x_adv = x_adv.detach().requires_grad_(True)  # a new tensor: ``best`` may be this very iterate

@@ -40,11 +40,6 @@ class _Averaging(Wrapper, ABC):
     def share(self, count: int) -> float:
         """Return what share of the next average, in [0, 1], is that of the ``count`` networks so far."""
 
-    def _inner(self, inner: Live | None) -> Live:
-        if inner is None:
-            raise InputError(f"{self.label} stands alone but {self.needs_inner}; use stack(PGDAT(), {self.label}(...))")
-        return inner
-
 
 @METHODS.register("swa")
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +81,7 @@ class SWA(_Averaging):
         Raises:
             InputError: There is no inner method.
         """
-        return LiveSWA(self._inner(inner), settings=self, seed=seed)
+        return LiveSWA(self.around(inner), settings=self, seed=seed)
 
 
 @METHODS.register("ema")
@@ -131,7 +126,7 @@ class EMA(_Averaging):
         Raises:
             InputError: There is no inner method.
         """
-        return LiveEMA(self._inner(inner), settings=self, seed=seed)
+        return LiveEMA(self.around(inner), settings=self, seed=seed)
 
 
 class _LiveAverage(LiveWrapper):

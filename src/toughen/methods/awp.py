@@ -13,7 +13,7 @@ from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
 from toughen.errors import InputError
 from toughen.layers.taps import buffers_kept, random_state_kept
-from toughen.methods.wrapper import LiveWrapper, Wrapper
+from toughen.methods.wrapper import InnerLoss, LiveWrapper, Wrapper
 from toughen.objectives import METHODS, Live
 from toughen.types import AdversarialBatch, Batches, StepOutput
 
@@ -65,9 +65,7 @@ class AWP(Wrapper):
         Raises:
             InputError: There is no inner method.
         """
-        if inner is None:
-            raise InputError(f"AWP stands alone but {self.needs_inner}; use stack(PGDAT(), AWP(...))")
-        return LiveAWP(inner, settings=self, seed=seed)
+        return LiveAWP(self.around(inner), settings=self, seed=seed)
 
 
 class LiveAWP(LiveWrapper):
@@ -77,7 +75,7 @@ class LiveAWP(LiveWrapper):
         super().__init__(inner, seed=seed)
         self.settings = settings
         self.epoch = 0
-        self._inner_loss = _InnerLoss(inner)
+        self._inner_loss = InnerLoss(inner)
 
     def epoch_start(
         self, epoch: int, probe: Batches = (), *, optimizer: torch.optim.Optimizer | None = None
@@ -93,7 +91,7 @@ class LiveAWP(LiveWrapper):
         if settings.gamma == 0 or self.epoch < settings.start_epoch or not weights:
             return self.inner.loss(adv)
         offsets = self._offsets(adv, weights)
-        output = self._inner_loss.at({w: w + offset for w, offset in offsets.items()}, adv)
+        output = self._loss_at({w: w + offset for w, offset in offsets.items()}, adv)
         for w, offset in offsets.items() if settings.decay else ():
             decayed = settings.decay * (offset * w).sum()
             output.loss = output.loss + (decayed - decayed.detach())  # a gradient and no loss, as weight decay is
@@ -110,6 +108,18 @@ class LiveAWP(LiveWrapper):
             if gradient is not None
         }
 
+    def _loss_at(self, moved: Mapping[Tensor, Tensor], adv: AdversarialBatch) -> StepOutput:
+        """The inner loss with other tensors in the place of some weights."""
+        # each place of a weight once: torch would leave its substitute in a module that is registered under two names
+        places = {
+            f"{prefix}.{name}": moved[w]
+            for prefix, module in self._inner_loss.named_modules()
+            for name, w in module.named_parameters(recurse=False, remove_duplicate=False)
+            if w in moved
+        }
+        output: StepOutput = functional_call(self._inner_loss, places, (adv,), tie_weights=False)
+        return output
+
     def state_dict(self) -> dict[str, Any]:
         """See ``Live.state_dict``."""
         return {**super().state_dict(), "epoch": self.epoch}
@@ -118,28 +128,3 @@ class LiveAWP(LiveWrapper):
         """See ``Live.load_state_dict``."""
         super().load_state_dict(state)
         self.epoch = state["epoch"]
-
-
-class _InnerLoss(nn.Module):
-    """The inner method's loss as a module around its model, so that ``functional_call`` can substitute weights."""
-
-    def __init__(self, inner: Live) -> None:
-        super().__init__()
-        self.model = inner.model
-        self.inner = inner
-
-    def at(self, moved: Mapping[Tensor, Tensor], adv: AdversarialBatch) -> StepOutput:
-        """Return the loss with other tensors in the place of some weights."""
-        # each place of a weight once: torch would leave its substitute in a module that is registered under two names
-        places = {
-            f"{prefix}.{name}": moved[w]
-            for prefix, module in self.named_modules()
-            for name, w in module.named_parameters(recurse=False, remove_duplicate=False)
-            if w in moved
-        }
-        output: StepOutput = functional_call(self, places, (adv,), tie_weights=False)
-        return output
-
-    def forward(self, adv: AdversarialBatch) -> StepOutput:
-        """Return ``inner.loss(adv)``."""
-        return self.inner.loss(adv)

@@ -15,7 +15,7 @@ from toughen.criticality.selection import Selection
 from toughen.errors import InputError
 from toughen.layers.taps import mode
 from toughen.methods.clat import CLAT
-from toughen.methods.wrapper import LiveWrapper, Wrapper
+from toughen.methods.wrapper import InnerLoss, LiveWrapper, Wrapper
 from toughen.objectives import METHODS, Live, Method
 from toughen.objectives.settings import check_weight
 from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
@@ -75,9 +75,7 @@ class TWINS(Wrapper):
         Raises:
             InputError: There is no inner method.
         """
-        if inner is None:
-            raise InputError(f"TWINS stands alone but {self.needs_inner}; use stack(PGDAT(), TWINS(...))")
-        return LiveTWINS(inner, settings=self, seed=seed)
+        return LiveTWINS(self.around(inner), settings=self, seed=seed)
 
 
 class LiveTWINS(LiveWrapper):
@@ -86,7 +84,7 @@ class LiveTWINS(LiveWrapper):
     def __init__(self, inner: Live, *, settings: TWINS, seed: int = 0) -> None:
         super().__init__(inner, seed=seed)
         self.settings = settings
-        self._inner_loss = _InnerLoss(inner)
+        self._inner_loss = InnerLoss(inner)
         self._norms = {
             name: module
             for name, module in self.model.named_modules()
@@ -169,18 +167,6 @@ class LiveTWINS(LiveWrapper):
 
 _AFFINE = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var")
-
-
-class _InnerLoss(nn.Module):
-    """The inner loss as a module around the model, so that a call may be given other tensors for it."""
-
-    def __init__(self, inner: Live) -> None:
-        super().__init__()
-        self.model = inner.model
-        self.inner = inner
-
-    def forward(self, adv: AdversarialBatch) -> StepOutput:
-        return self.inner.loss(adv)
 
 
 def _rows(batch: T, rows: slice) -> T:

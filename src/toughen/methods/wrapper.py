@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
+from toughen.errors import InputError
 from toughen.objectives import Live, Method
 from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
 
@@ -21,9 +22,30 @@ class Wrapper(Method, ABC):
         """Why it can't stand alone, or None if it can."""
         return "it only changes the training of another method"
 
+    def around(self, inner: Live | None) -> Live:
+        """Return the inner method.
+
+        Raises:
+            InputError: There is none.
+        """
+        if inner is None:
+            name = type(self).__name__
+            raise InputError(f"{self.label} stands alone but {self.needs_inner}; use stack(PGDAT(), {name}(...))")
+        return inner
+
     @abstractmethod
     def bind(self, model: nn.Module, *, attack: Attack, inner: Live | None = None, seed: int = 0) -> Live:
-        """Bind these settings to a model; ``inner`` is bound to the same one."""
+        """Bind these settings to a model.
+
+        Args:
+            model: The network.
+            attack: Finds the perturbations.
+            inner: What is wrapped, bound to the same model.
+            seed: Of all that is drawn at random.
+
+        Raises:
+            InputError: It can't stand alone, and ``inner`` is None.
+        """
 
 
 class LiveWrapper(Live):
@@ -112,3 +134,16 @@ class LiveWrapper(Live):
         """See ``Live.load_state_dict``."""
         super().load_state_dict(state)
         self.inner.load_state_dict(state["inner"])
+
+
+class InnerLoss(nn.Module):
+    """The inner loss as a module around the model, so that ``functional_call`` can give it other tensors."""
+
+    def __init__(self, inner: Live) -> None:
+        super().__init__()
+        self.model = inner.model
+        self.inner = inner
+
+    def forward(self, adv: AdversarialBatch) -> StepOutput:
+        """Return ``inner.loss(adv)``."""
+        return self.inner.loss(adv)
