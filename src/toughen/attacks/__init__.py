@@ -3,6 +3,7 @@
 All are training-grade: they always return a perturbed batch and leave the model exactly as found.
 """
 
+from toughen.attacks.feature_match import FeatureMatch
 from toughen.attacks.fgsm import fgsm_rs
 from toughen.attacks.goals import (
     CrossEntropy,
@@ -22,6 +23,7 @@ __all__ = [
     "PGD",
     "Attack",
     "CrossEntropy",
+    "FeatureMatch",
     "FeatureNorm",
     "FeatureShift",
     "Goal",

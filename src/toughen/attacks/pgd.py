@@ -56,6 +56,8 @@ class PGD:
         restarts: Independent starts, at least 1; the one with the largest goal is returned for each sample.
         model_mode: ``"eval"`` attacks the model as it will be used; ``"unchanged"`` leaves every module's mode, so
             that batch norm in train mode uses batch statistics (its running statistics are put back afterwards).
+        momentum: Of the step's direction, >= 0 (Dong et al. 2018): gradients, each divided by its mean magnitude, add
+            up with this factor on their sum so far; 0 is plain PGD.
 
     Raises:
         InputError: A setting is out of its range.
@@ -68,6 +70,7 @@ class PGD:
     keep: Literal["last", "worst"] = "last"
     restarts: int = 1
     model_mode: ModelMode = "eval"
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.step_size) and self.step_size >= 0):
@@ -75,6 +78,8 @@ class PGD:
         for name, value in (("steps", self.steps), ("restarts", self.restarts)):
             if value < 1:
                 raise InputError(f"attack {name} is {value}; it must be at least 1")
+        if not (math.isfinite(self.momentum) and self.momentum >= 0):
+            raise InputError(f"attack momentum is {self.momentum!r}; it must be a finite number >= 0")
         if self.keep not in ("last", "worst"):
             raise InputError(f"attack keep is {self.keep!r}; allowed: last, worst")
         if self.model_mode not in ("eval", "unchanged"):
@@ -143,6 +148,7 @@ class PGD:
         if start is not None and self.keep == "worst":  # the start itself may be returned
             x_adv = (x + ball.project(x_adv - x, radius)).clamp_(low, high)
         best, best_value = x_adv, torch.full((x.shape[0],), -math.inf, device=x.device)
+        velocity = torch.zeros_like(x)
         for _ in range(self.steps):
             x_adv = x_adv.detach().requires_grad_(True)  # a new tensor: ``best`` may be this very iterate
             with torch.enable_grad():
@@ -151,6 +157,10 @@ class PGD:
             x_adv = x_adv.detach()
             if self.keep == "worst":
                 best, best_value = _worse(best, best_value, x_adv, value.detach())
+            if self.momentum:
+                # the floor keeps a sample without gradient where it is, instead of 0/0
+                size = gradient.abs().flatten(1).mean(dim=1).clamp_min(1e-12).view(per_sample)
+                gradient = velocity = self.momentum * velocity + gradient / size
             delta = ball.project(x_adv + step_size * ball.ascend(gradient) - x, radius)
             x_adv = (x + delta).clamp_(low, high)
         if self.keep == "last" and self.restarts == 1:

@@ -114,6 +114,8 @@ def _add_target_options(parser: Parser) -> None:
     parser.add_argument("--pretrained", action="store_true", help="with the weights that the model's source publishes")
     parser.add_argument("--width", type=int, help="channels of the model's first stage")
     parser.add_argument("--checkpoint", choices=("last", "best"), help="of a run (default: last)")
+    parser.add_argument("--accurate", metavar="RUN", help="mix TARGET with this run's network (adaptive smoothing)")
+    parser.add_argument("--alpha", type=_number, metavar="A", help="weight of TARGET in the mixture, in [0, 1]")
     parser.add_argument(
         "--data",
         metavar="SPEC",

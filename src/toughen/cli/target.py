@@ -9,7 +9,7 @@ from torch import nn
 
 from toughen import data, models
 from toughen.cli.console import note
-from toughen.config import resolve
+from toughen.config import network_of, resolve
 from toughen.data import DataSplits
 from toughen.engine import ModelSettings, Recipe, checkpoint, create_model, pick_device
 from toughen.errors import InputError
@@ -40,11 +40,22 @@ class Target(NamedTuple):
 
 
 def find_target(options: argparse.Namespace) -> Target:
-    """Resolve TARGET: a run folder, a weights file with --model, or a model spec.
+    """Resolve TARGET: a run folder, a weights file with --model, or a model spec; with --accurate it is mixed.
 
     Raises:
         InputError: It is none of these, or an option does not go with it.
     """
+    target = _found(options)
+    if (options.accurate is None) != (options.alpha is None):
+        raise InputError("--accurate RUN and --alpha A go together: TARGET gets the weight A, the network of RUN 1 - A")
+    if options.accurate is None:
+        return target
+    accurate = create_model(network_of(options.accurate), target.splits).to(next(target.model.parameters()).device)
+    mixture = models.mix(accurate, target.model, alpha=options.alpha, image_shape=target.splits.train.shape)
+    return target._replace(model=mixture, run=None)  # what is measured now is no result of the run
+
+
+def _found(options: argparse.Namespace) -> Target:
     given = Path(options.target)
     if given.is_dir() and not models.is_spec(options.target):
         return _run(options, RunFolder.open(given))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -13,11 +14,13 @@ from toughen import models
 from toughen.attacks import PGD, fgsm_rs
 from toughen.config.build import build
 from toughen.data import AUGMENTS, DataSettings
-from toughen.engine import EvaluateSettings, ModelSettings, Recipe, TrainSettings
+from toughen.engine import EvaluateSettings, MixtureSettings, ModelSettings, Recipe, TrainSettings
+from toughen.engine.checkpoint import WEIGHTS
 from toughen.errors import InputError, unknown
 from toughen.methods import Stack, Wrapper, stack
 from toughen.objectives import METHODS, Objective
 from toughen.registry import Registry, imported
+from toughen.run_folder import RunFolder
 from toughen.types import ThreatModel
 
 ATTACKS: Registry[Any] = Registry("attack")
@@ -135,6 +138,26 @@ def resolve(document: Mapping[str, Any]) -> Recipe:
     )
 
 
+def network_of(path: str) -> ModelSettings:
+    """Return the network that a run has trained, with its weights to start from.
+
+    Args:
+        path: A run folder, for its last checkpoint, or one of its checkpoints, for example ``RUN/checkpoints/best``.
+
+    Raises:
+        InputError: There is no such run, it has no such checkpoint yet, or it trained a mixture.
+    """
+    place = Path(path).expanduser()
+    checkpoint = place if place.parent.name == "checkpoints" else place / "checkpoints" / "last"
+    settings = _model(RunFolder.open(checkpoint.parent.parent).config().get("model"))
+    if isinstance(settings, MixtureSettings):
+        raise InputError(f"run {path} trained a mixture, which is not mixed again; give one of its two networks")
+    weights = checkpoint / WEIGHTS
+    if not weights.is_file():
+        raise InputError(f"run {path} has no {weights.name} in {weights.parent}; has it finished an epoch yet?")
+    return replace(settings, weights=str(weights.absolute()), pretrained=False, classifier="loaded")
+
+
 def _shelf() -> Traversable:
     return files("toughen") / "recipes"
 
@@ -150,8 +173,19 @@ def _on_shelf(folder: Traversable, under: str = "") -> list[str]:
     return found
 
 
-def _model(values: Any) -> ModelSettings:
-    settings = build(ModelSettings, values, path="model")
+def _model(values: Any) -> ModelSettings | MixtureSettings:
+    if isinstance(values, Mapping) and values.get("name") == "adaptive_smoothing":
+        parts = {part: values[part] for part in ("accurate", "robust") if part in values}
+        networks = {
+            part: network_of(value) if isinstance(value, str) else _network(value, path=f"model.{part}")
+            for part, value in parts.items()
+        }
+        return build(MixtureSettings, {**values, **networks}, path="model")
+    return _network(values, path="model")
+
+
+def _network(values: Any, *, path: str) -> ModelSettings:
+    settings = build(ModelSettings, values, path=path)
     models.check_spec(settings.name)  # an unknown name is refused here, before any data is read
     return settings
 

@@ -8,10 +8,11 @@ from toughen.data import cifar, digits, folder, hub, imagenet, parquet  # noqa: 
 from toughen.data.augment import AUGMENTS, Augmentation
 from toughen.data.foreign import from_torch
 from toughen.data.image_set import DataSplits, Images, ImageSet
-from toughen.data.loader import DeviceLoader, Shard, StreamLoader, TrainLoader, in_order, probe, train_loader
+from toughen.data.loader import DeviceLoader, Shard, StreamLoader, TrainLoader, train_loader
 from toughen.data.settings import DATASETS, DataSettings, ExtraSettings, Rows, Source, parse_spec
 from toughen.data.splits import load
 from toughen.data.stream import StreamedSet
+from toughen.data.unvaried import in_order, probe
 
 __all__ = [
     "AUGMENTS",

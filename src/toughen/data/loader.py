@@ -1,4 +1,4 @@
-"""Batches of an image set: shuffled and varied for training, in order, or a random few."""
+"""Training batches of an image set: shuffled and varied."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -10,8 +10,9 @@ from torch import Tensor
 
 from toughen import rng
 from toughen.data.augment import Augmentation, CropFlip, ResizedCrop
-from toughen.data.image_set import DataSplits, Images, ImageSet, Taken
+from toughen.data.image_set import DataSplits, ImageSet, Taken
 from toughen.data.stream import PictureReader, Place, StreamedSet, stream
+from toughen.data.varied import check_tracks_pixels, varied
 from toughen.errors import InputError
 from toughen.types import Batch
 
@@ -51,7 +52,8 @@ class TrainLoader(Protocol):
             start_step: First step; the batches are then the tail of the full epoch, bit for bit.
 
         Returns:
-            ``steps_per_epoch - start_step`` batches; ``index`` holds positions in the image set.
+            ``steps_per_epoch - start_step`` batches; ``index`` holds positions in the image set, ``source`` where
+            pixels were moved from if the loader was asked to track them.
 
         Raises:
             InputError: ``start_step`` is outside the epoch, or an image cannot be decoded.
@@ -68,6 +70,7 @@ def train_loader(
     extra_fraction: float = 0.0,
     workers: int = 0,
     shard: Shard = Shard(),
+    track_pixels: bool = False,
 ) -> TrainLoader:
     """Return the loader that fits how the training images are kept, with the extra images mixed in.
 
@@ -80,9 +83,11 @@ def train_loader(
         extra_fraction: Share of a batch that comes from ``splits.extra``.
         workers: Processes that decode, for images that are not in memory.
         shard: Which part of every epoch is this process's; ``batch_size`` counts its images alone.
+        track_pixels: Whether batches say from which pixel of the stored image each pixel came (``Batch.source``).
 
     Raises:
-        InputError: ``batch_size`` is below 1 or above the number of images, or holds no image of one kind.
+        InputError: ``batch_size`` is below 1 or above the number of images, or holds no image of one kind; pixels can't
+            be tracked through these augmentations or these images.
     """
     num_extra = 0 if splits.extra is None else round(batch_size * extra_fraction)
     if splits.extra is not None and not 0 < num_extra < batch_size:
@@ -90,15 +95,30 @@ def train_loader(
             f"data.extra.fraction={extra_fraction:g} of a batch of {batch_size} is {num_extra} extra images;"
             " at least one of each kind is needed"
         )
-    num_own, varied = batch_size - num_extra, tuple(augment)
+    num_own, augment = batch_size - num_extra, tuple(augment)
     loader: TrainLoader
     if isinstance(splits.train, StreamedSet):
         loader = StreamLoader(
-            splits.train, batch_size=num_own, device=device, seed=seed, augment=varied, workers=workers, shard=shard
+            splits.train,
+            batch_size=num_own,
+            device=device,
+            seed=seed,
+            augment=augment,
+            workers=workers,
+            shard=shard,
+            track_pixels=track_pixels,
         )
     else:
         assert isinstance(splits.train, ImageSet)
-        loader = DeviceLoader(splits.train, batch_size=num_own, device=device, seed=seed, augment=varied, shard=shard)
+        loader = DeviceLoader(
+            splits.train,
+            batch_size=num_own,
+            device=device,
+            seed=seed,
+            augment=augment,
+            shard=shard,
+            track_pixels=track_pixels,
+        )
     if splits.extra is None:
         return loader
     return MixedLoader(
@@ -109,7 +129,7 @@ def train_loader(
         num_extra=num_extra,
         device=device,
         seed=seed,
-        augment=varied,
+        augment=augment,
         shard=shard,
     )
 
@@ -123,13 +143,21 @@ class _Order:
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, augment: Sequence[Augmentation], shard: Shard
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        augment: Sequence[Augmentation],
+        shard: Shard,
+        track_pixels: bool,
     ) -> None:
         most = num_images // shard.count
         if not 1 <= batch_size <= most:
             raise InputError(f"batch_size is {batch_size}; with {most} images it must be 1..{most}")
         self.num_images, self.batch_size, self.seed, self.augment = num_images, batch_size, seed, tuple(augment)
-        self.shard = shard
+        if track_pixels:
+            check_tracks_pixels(self.augment)
+        self.shard, self.track_pixels = shard, track_pixels
         self.steps_per_epoch = most // batch_size
 
     def places(self, epoch: int, start_step: int) -> list[Place]:
@@ -139,10 +167,11 @@ class _Order:
         steps = torch.split(order[self.shard.rank :: self.shard.count], self.batch_size)
         return [Place(step, steps[step]) for step in range(start_step, self.steps_per_epoch)]
 
-    def vary(self, images: Tensor, epoch: int, step: int) -> Tensor:
-        """Apply the augmentations to uint8 images [B, C, H, W] and map them to [0, 1]."""
-        place = step * self.shard.count + self.shard.rank
-        return _varied(images, self.augment, rng.generator(self.seed, "augment", epoch, place))
+    def batch(self, taken: Taken, epoch: int, step: int) -> Batch:
+        """Apply the augmentations to what was taken for a step, on its device."""
+        draws = rng.generator(self.seed, "augment", epoch, step * self.shard.count + self.shard.rank)
+        x, source = varied(taken.images, self.augment, draws, track_pixels=self.track_pixels)
+        return Batch(x, taken.labels, taken.index, source)
 
 
 class DeviceLoader:
@@ -155,9 +184,10 @@ class DeviceLoader:
         seed: Seed of the streams.
         augment: What varies the images, in order.
         shard: Which part of every epoch is this process's.
+        track_pixels: Whether batches say where each pixel came from.
 
     Raises:
-        InputError: ``batch_size`` is below 1 or above the number of images.
+        InputError: ``batch_size`` is below 1 or above the number of images, or pixels can't be tracked.
     """
 
     def __init__(
@@ -169,8 +199,9 @@ class DeviceLoader:
         seed: int,
         augment: Sequence[Augmentation] = (CropFlip(),),
         shard: Shard = Shard(),
+        track_pixels: bool = False,
     ) -> None:
-        self._order = _Order(len(images), batch_size, seed, augment, shard)
+        self._order = _Order(len(images), batch_size, seed, augment, shard, track_pixels)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
         self._images = images.images.to(device)
@@ -179,10 +210,11 @@ class DeviceLoader:
     def epoch(self, number: int, *, start_step: int = 0) -> Iterator[Batch]:
         """See ``TrainLoader.epoch``."""
         places = self._order.places(number, start_step)  # here, so that a wrong step is refused at once
-        return (self._batch(number, place.step, place.index.to(self._images.device)) for place in places)
+        return (self._order.batch(self._taken(place.index), number, place.step) for place in places)
 
-    def _batch(self, epoch: int, step: int, index: Tensor) -> Batch:
-        return Batch(self._order.vary(self._images[index], epoch, step), self._labels[index], index)
+    def _taken(self, index: Tensor) -> Taken:
+        index = index.to(self._images.device)
+        return Taken(self._images[index], self._labels[index], index)
 
 
 class StreamLoader:
@@ -199,9 +231,10 @@ class StreamLoader:
         augment: What varies the images, in order.
         workers: Processes that decode; 0 decodes here, without reading ahead.
         shard: Which part of every epoch is this process's.
+        track_pixels: Whether batches say where each pixel came from.
 
     Raises:
-        InputError: ``batch_size`` is below 1 or above the number of images.
+        InputError: ``batch_size`` is below 1 or above the number of images, or pixels can't be tracked.
     """
 
     def __init__(
@@ -214,14 +247,18 @@ class StreamLoader:
         augment: Sequence[Augmentation] = (CropFlip(),),
         workers: int = 0,
         shard: Shard = Shard(),
+        track_pixels: bool = False,
     ) -> None:
+        if track_pixels:
+            _check_same_pixels(images)
+            check_tracks_pixels(augment)  # the crop of the workers among them
         self._crop = next((member for member in augment if isinstance(member, ResizedCrop)), None)
         if self._crop is not None and not isinstance(images.reader, PictureReader):
             raise InputError(
                 "resized_crop is taken from a picture before it is decoded; let a data set of your own crop its images"
             )
         rest = [member for member in augment if member is not self._crop]
-        self._order = _Order(len(images), batch_size, seed, rest, shard)
+        self._order = _Order(len(images), batch_size, seed, rest, shard, track_pixels)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
         self._images = images
@@ -244,15 +281,15 @@ class StreamLoader:
     def _batch(self, epoch: int, step: int, taken: Taken) -> Batch:
         if not len(taken.images):
             raise InputError("none of the images of a batch can be decoded; data.on_error=skip is for a few")
-        images, labels, index = (part.to(self._device, non_blocking=True) for part in taken)
-        return Batch(self._order.vary(images, epoch, step), labels, index)
+        return self._order.batch(Taken(*(part.to(self._device, non_blocking=True) for part in taken)), epoch, step)
 
 
 class MixedLoader:
     """Training batches of which a part comes from a second set, drawn with repetition (Wang et al., 2023).
 
     The first images of a batch are the training set's, without repetition; an epoch has as many batches as if the
-    training set filled them alone, so it shows only a part of it. The second set stays in the memory of the host.
+    training set filled them alone, so it shows only a part of it. The second set stays in the memory of the host, and
+    its images come back so rarely that their pixels are not tracked: their ``source`` is -1.
 
     Args:
         loader: Serves the first part.
@@ -297,71 +334,19 @@ class MixedLoader:
         draws = rng.generator(self._seed, "extra", epoch, step * self._shard.count + self._shard.rank)
         taken = self._extra.take(torch.randint(len(self._extra), (self._num_extra,), generator=draws))
         images, labels, index = (part.to(self._device, non_blocking=True) for part in taken)
-        x = _varied(images, self._augment, draws)
+        x, _ = varied(images, self._augment, draws)
+        source = first.source
+        if source is not None:
+            source = torch.cat([source, source.new_full((len(x), *source.shape[1:]), -1)])
         assert first.index is not None
-        return Batch(
-            torch.cat([first.x, x]), torch.cat([first.y, labels]), torch.cat([first.index, index + self._num_train])
+        index = torch.cat([first.index, index + self._num_train])
+        return Batch(torch.cat([first.x, x]), torch.cat([first.y, labels]), index, source)
+
+
+def _check_same_pixels(images: StreamedSet) -> None:
+    """Refuse images that may be others in each epoch before any augmentation of ours."""
+    if not isinstance(images.reader, PictureReader):
+        raise InputError(
+            "pixels can't be tracked through a data set of your own that is read anew in each epoch, since it may vary"
+            " its images; give it without random transforms and with storage='resident', and vary by data.augment"
         )
-
-
-def in_order(images: Images, *, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-    """Iterate over all images as they are, in their order; the last batch may be smaller.
-
-    Raises:
-        InputError: ``batch_size`` is below 1.
-    """
-    return _batches(images, torch.arange(len(images)), batch_size, device)
-
-
-def probe(
-    images: Images, *, count: int, seed: int, position: int, device: torch.device | str, batch_size: int
-) -> list[Batch]:
-    """Draw images at random, without repetition and as they are, to measure a model on.
-
-    Args:
-        images: What to draw from.
-        count: How many images.
-        seed: Seed of the stream ``"probe"``.
-        position: Place in the stream, for example the epoch: other places, other images.
-        device: Where the batches are wanted.
-        batch_size: Images in a batch; the last one may be smaller.
-
-    Returns:
-        The batches; ``index`` holds positions in ``images``.
-
-    Raises:
-        InputError: ``count`` is below 1 or above the number of images, or ``batch_size`` below 1.
-    """
-    if not 1 <= count <= len(images):
-        raise InputError(f"count is {count}; with {len(images)} images it must be 1..{len(images)}")
-    order = torch.randperm(len(images), generator=rng.generator(seed, "probe", position))
-    found: list[Batch] = []
-    missing = count
-    while missing and len(order):  # images that cannot be decoded are made up for by the next ones
-        batches = list(_batches(images, order[:missing], batch_size, device))
-        order = order[missing:]
-        missing -= sum(len(batch.y) for batch in batches)
-        found += batches
-    return found
-
-
-def _batches(images: Images, order: Tensor, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1")
-    taken = (images.take(index) for index in torch.split(order, batch_size))
-    return (
-        Batch(_to_unit(part.images.to(device)), part.labels.to(device), part.index.to(device))
-        for part in taken
-        if len(part.index)  # nothing is left of a batch whose images were all skipped
-    )
-
-
-def _varied(images: Tensor, augment: Sequence[Augmentation], draws: torch.Generator) -> Tensor:
-    for member in augment:
-        images = member(images, draws)
-    return _to_unit(images)
-
-
-def _to_unit(images: Tensor) -> Tensor:
-    """Map uint8 levels to float32 in [0, 1]."""
-    return images.to(torch.float32) / 255

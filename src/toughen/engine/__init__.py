@@ -3,12 +3,13 @@
 from toughen.engine import checkpoint
 from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import pick_device
-from toughen.engine.recipe import EvaluateSettings, ModelSettings, Recipe, TrainSettings
+from toughen.engine.recipe import EvaluateSettings, MixtureSettings, ModelSettings, Recipe, TrainSettings
 from toughen.engine.trainer import Interrupted, Trainer
 
 __all__ = [
     "EvaluateSettings",
     "Interrupted",
+    "MixtureSettings",
     "ModelSettings",
     "Recipe",
     "TrainSettings",

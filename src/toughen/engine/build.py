@@ -8,7 +8,7 @@ from torch import nn
 from toughen import data as datasets
 from toughen import models
 from toughen.data import DataSplits, TrainLoader
-from toughen.engine.recipe import ModelSettings, Recipe
+from toughen.engine.recipe import MixtureSettings, ModelSettings, Recipe
 from toughen.errors import InputError
 from toughen.methods import Stack
 
@@ -41,11 +41,13 @@ def _check_extra(method: Stack, data: DataSplits) -> None:
             )
 
 
-def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0, start_weights: bool = True) -> nn.Module:
+def create_model(
+    settings: ModelSettings | MixtureSettings, data: DataSplits, *, seed: int = 0, start_weights: bool = True
+) -> nn.Module:
     """Build the network for a data set: its classes, its channels, its statistics inside.
 
     Args:
-        settings: Which network.
+        settings: Which network, or which two.
         data: What it is for.
         seed: Of the initial weights.
         start_weights: Whether to load the weights that the settings name; not when a checkpoint follows.
@@ -53,12 +55,25 @@ def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0, st
     Raises:
         InputError: The network cannot be built, its weights do not fit, or it does not take these images.
     """
-    _, height, width = data.train.shape
+    shape = data.train.shape
+    if isinstance(settings, ModelSettings):
+        return _create_network(settings, data, shape, seed=seed, start_weights=start_weights)
+    side = settings.accurate_size
+    resized = shape if side is None else (shape[0], side, side)
+    accurate = _create_network(settings.accurate, data, resized, seed=seed, start_weights=start_weights)
+    robust = _create_network(settings.robust, data, shape, seed=seed, start_weights=start_weights)
+    return models.mix(accurate, robust, alpha="learned", image_shape=shape, seed=seed, options=settings)
+
+
+def _create_network(
+    settings: ModelSettings, data: DataSplits, shape: tuple[int, int, int], *, seed: int, start_weights: bool
+) -> nn.Module:
+    channels, height, width = shape
     model = models.create(
         settings.name,
         num_classes=len(data.train.classes),
         width=settings.width,
-        in_channels=data.train.shape[0],
+        in_channels=channels,
         image_size=height if height == width else None,
         mean=settings.mean,
         std=settings.std,
@@ -68,7 +83,7 @@ def create_model(settings: ModelSettings, data: DataSplits, *, seed: int = 0, st
         weights=settings.weights if start_weights else None,
         classifier=settings.classifier if start_weights else "loaded",
     )
-    models.check_fit(model, image_shape=data.train.shape, num_classes=len(data.train.classes))
+    models.check_fit(model, image_shape=shape, num_classes=len(data.train.classes))
     return model
 
 
@@ -76,7 +91,8 @@ def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str
     """Return the training batches of a recipe.
 
     Raises:
-        InputError: The batch size does not fit the data, or the recipe names extra images that the data has not.
+        InputError: The batch size does not fit the data, the recipe names extra images that the data has not, or a
+            method has to follow pixels through augmentations that change them.
     """
     if recipe.data.extra is not None and data.extra is None:
         raise InputError(
@@ -91,4 +107,5 @@ def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str
         augment=recipe.data.augmentations,
         extra_fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
         workers=recipe.data.num_workers,
+        track_pixels=any(method.needs_source for method in recipe.method.methods),
     )

@@ -13,7 +13,8 @@ from toughen.data import AUGMENTS, Augmentation, DataSettings
 from toughen.errors import InputError
 from toughen.evaluation import parse_attack
 from toughen.methods import Stack, Wrapper
-from toughen.objectives import METHODS, Objective
+from toughen.models import MixtureOptions
+from toughen.objectives import METHODS, AdaptiveSmoothing, Objective
 from toughen.registry import Registry
 from toughen.types import ThreatModel
 
@@ -47,6 +48,41 @@ class ModelSettings:
     def anchored(self) -> "ModelSettings":
         """Return the same settings with absolute paths, so that they mean the same from another folder."""
         return self if self.weights is None else replace(self, weights=str(Path(self.weights).expanduser().absolute()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSettings(MixtureOptions):
+    """An accurate and a robust network, mixed by a mixing network that is to be trained; see ``toughen.models.mix``.
+
+    In a recipe each of the two may also be given as a run folder, or one of its checkpoints. What is stored is the
+    network and the file of its weights, so that a finished run can be read without the runs that it began with.
+
+    Args:
+        accurate: The network for clean images.
+        robust: The network for attacked ones.
+        name: What recipes call all of this.
+
+    Raises:
+        InputError: A network comes without weights; see ``MixtureOptions`` for the rest.
+    """
+
+    accurate: ModelSettings
+    robust: ModelSettings
+    name: Literal["adaptive_smoothing"] = "adaptive_smoothing"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in ("accurate", "robust"):
+            network: ModelSettings = getattr(self, part)
+            if network.weights is None and not network.pretrained and not network.name.startswith("hub/"):
+                raise InputError(
+                    f"model.{part} is {network.name} without weights, and a mixture does not train it; give a run"
+                    " folder, or add weights=FILE or pretrained=true"
+                )
+
+    def anchored(self) -> "MixtureSettings":
+        """See ``ModelSettings.anchored``."""
+        return replace(self, accurate=self.accurate.anchored(), robust=self.robust.anchored())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +215,7 @@ class Recipe:
     """
 
     description: str = ""
-    model: ModelSettings
+    model: ModelSettings | MixtureSettings
     data: DataSettings
     threat: ThreatModel
     attack: PGD
@@ -196,6 +232,11 @@ class Recipe:
             raise InputError(
                 f"branch_epoch is {self.branch_epoch}; with train.epochs={self.train.epochs} it must be "
                 f"1 to {self.train.epochs - 1}"
+            )
+        if isinstance(self.model, MixtureSettings) and not isinstance(self.method.methods[0], AdaptiveSmoothing):
+            raise InputError(
+                f"{self.method.label} would train both networks of a mixture, which are to stay as they are; train them"
+                " before, in runs of their own, and the mixture with adaptive-smoothing"
             )
         for name, branch in self.branches.items():
             self._check_branch(name, branch)
@@ -245,7 +286,7 @@ class Recipe:
         """
         sections: dict[str, Any] = {
             "description": self.description,
-            "model": asdict(self.model.anchored()),
+            "model": {"name": self.model.name, **asdict(self.model.anchored())},
             "data": {
                 **asdict(self.data.anchored()),
                 "augment": [_named(member, AUGMENTS) for member in self.data.augmentations],

@@ -172,7 +172,8 @@ class Trainer:
                 resume=folder.config_file.is_file(),
                 show_progress=self.show_progress,
             ).fit()
-        self.folder.write_finished({"epochs": self.progress.epoch, "method": self.recipe.method.label})
+        facts = {"epochs": self.progress.epoch, "method": self.recipe.method.label, **self.live.facts()}
+        self.folder.write_finished(facts)
         return self.folder
 
     def _epoch(self, progress: EpochProgress) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from toughen.layers.trace import Trace
 
@@ -22,9 +23,11 @@ def weight_layers(model: nn.Module) -> Names:
 
 
 def leaves(model: nn.Module) -> Names:
-    """Return the modules without children that own parameters."""
-    named = ((name, module) for name, module in model.named_modules() if name)
-    return {m: n for n, m in named if not list(m.children()) and any(True for _ in m.parameters())}
+    """Return the modules without children that own parameters; what computes their weights is a part of them."""
+    parametrized = (module for module in model.modules() if is_parametrized(module))
+    inside = {part for module in parametrized for part in module.get_submodule("parametrizations").modules()}
+    named = ((name, module) for name, module in model.named_modules() if name and module not in inside)
+    return {m: n for n, m in named if inside.issuperset(m.children()) and any(True for _ in m.parameters())}
 
 
 def holders(model: nn.Module) -> Names:

@@ -2,7 +2,10 @@
 
 from toughen.methods.averaging import EMA, SWA
 from toughen.methods.awp import AWP
+from toughen.methods.carry_over import CarryOver
 from toughen.methods.clat import CLAT, CLATPaper, LiveCLAT
+from toughen.methods.lora import LoRA
+from toughen.methods.rift import RiFT
 from toughen.methods.stack import Stack, stack
 from toughen.methods.twins import TWINS
 from toughen.methods.wrapper import LiveWrapper, Wrapper
@@ -14,8 +17,11 @@ __all__ = [
     "SWA",
     "TWINS",
     "CLATPaper",
+    "CarryOver",
     "LiveCLAT",
     "LiveWrapper",
+    "LoRA",
+    "RiFT",
     "Stack",
     "Wrapper",
     "stack",

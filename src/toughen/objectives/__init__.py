@@ -4,7 +4,11 @@ from toughen.objectives.adaptive_smoothing import AdaptiveSmoothing
 from toughen.objectives.alp import ALP
 from toughen.objectives.autolora import AutoLoRa
 from toughen.objectives.clean_ce import CleanCE
+from toughen.objectives.fast_at import FastAT
+from toughen.objectives.feature_at import FeatureAT
 from toughen.objectives.feature_loss import feature_loss
+from toughen.objectives.free_at import FreeAT
+from toughen.objectives.grad_align import GradAlign
 from toughen.objectives.live import Live
 from toughen.objectives.mart import MART
 from toughen.objectives.objective import METHODS, LiveObjective, Method, Objective
@@ -25,6 +29,10 @@ __all__ = [
     "AdaptiveSmoothing",
     "AutoLoRa",
     "CleanCE",
+    "FastAT",
+    "FeatureAT",
+    "FreeAT",
+    "GradAlign",
     "Live",
     "LiveObjective",
     "Method",

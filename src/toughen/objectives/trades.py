@@ -32,8 +32,7 @@ class TRADES(Objective):
 
     Args:
         beta: Weight of the divergence, >= 0.
-        label_smoothing: s of ``cross_entropy``, in [0, 1). Wang et al.'s 0.1 gives *other* classes 0.1 in all, which is
-            0.1 * K / (K - 1) here.
+        label_smoothing: s of ``cross_entropy``, in [0, 1); the 0.1 of Wang et al. is 0.1 here.
         start: Where the search begins: ``"gaussian"`` at x + 0.001 N(0, 1), not clamped; ``"attack"`` where the attack
             says. ``Batch.start`` goes before both.
         target_grad: Whether p(x) in the divergence depends on the weights (``"keep"``, as published) or is a constant

@@ -1,6 +1,6 @@
 """Random variation of training images: whole batches of uint8, on the device where they live."""
 
-from toughen.data.augment.augmentation import AUGMENTS, Augmentation
+from toughen.data.augment.augmentation import AUGMENTS, Augmentation, moves_pixels
 from toughen.data.augment.erasing import Cutout, Erase
 from toughen.data.augment.idbh import IDBHSVHN, ColourShape, IDBHStrong, IDBHWeak
 from toughen.data.augment.resized_crop import ResizedCrop
@@ -20,4 +20,5 @@ __all__ = [
     "IDBHStrong",
     "IDBHWeak",
     "ResizedCrop",
+    "moves_pixels",
 ]

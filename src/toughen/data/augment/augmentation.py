@@ -16,7 +16,8 @@ class Augmentation(Protocol):
     """Varies a batch of images at random; a frozen dataclass whose fields are its settings.
 
     All numbers are drawn on the CPU, so that every device sees the same, and move to the images as small tensors.
-    No augmentation loops over images or makes the device wait for the host.
+    No augmentation loops over images or makes the device wait for the host. One that only moves whole pixels, all
+    channels alike and however many there are, and fills with 0, may say so: ``moves_pixels = True`` on its class.
     """
 
     def __call__(self, images: Tensor, draws: torch.Generator) -> Tensor:
@@ -33,6 +34,11 @@ class Augmentation(Protocol):
 
 
 AUGMENTS: Registry[type[Augmentation]] = Registry("augmentation")
+
+
+def moves_pixels(augmentation: Augmentation | type[Augmentation]) -> bool:
+    """Return whether each pixel of a result is one of the image's, with its value, or 0; only if its class says so."""
+    return bool(getattr(augmentation, "moves_pixels", False))
 
 
 def draw_below(limits: Tensor, draws: torch.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """Blanked boxes: a square of fixed size, or a box of random area and shape."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Cutout(Augmentation):
     Raises:
         InputError: ``size`` is below 1.
     """
+
+    moves_pixels: ClassVar[bool] = True
 
     size: int = 16
 
@@ -54,6 +57,8 @@ class Erase(Augmentation):
     Raises:
         InputError: A setting is outside its range.
     """
+
+    moves_pixels: ClassVar[bool] = True
 
     p: float = 0.5
     scale: tuple[float, float] = (0.02, 0.33)

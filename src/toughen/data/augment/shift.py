@@ -1,6 +1,7 @@
 """Shifted, mirrored and cut content, zeros around it: whole pixels move, none changes its value."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ class Crop(Augmentation):
         InputError: ``pad`` is negative.
     """
 
+    moves_pixels: ClassVar[bool] = True
+
     pad: int = 4
 
     def __post_init__(self) -> None:
@@ -38,6 +41,8 @@ class Crop(Augmentation):
 @dataclass(frozen=True)
 class Flip(Augmentation):
     """Mirror each image, left to right, with probability 1/2."""
+
+    moves_pixels: ClassVar[bool] = True
 
     def __call__(self, images: Tensor, draws: torch.Generator) -> Tensor:
         """See ``Augmentation``."""
@@ -56,6 +61,8 @@ class CropFlip(Augmentation):
     Raises:
         InputError: ``pad`` is negative.
     """
+
+    moves_pixels: ClassVar[bool] = True
 
     pad: int = 4
 
@@ -86,6 +93,8 @@ class CropShift(Augmentation):
     Raises:
         InputError: Not 0 <= ``low`` < ``high``.
     """
+
+    moves_pixels: ClassVar[bool] = True
 
     low: int = 0
     high: int = 11
