@@ -50,23 +50,27 @@ STACKS: list[list[dict[str, Any]]] = [
     [{"name": "trades"}, {**CLAT, "base": "inner", "lam": 0}],
 ]
 CONVOLUTION, BACKWARD = torch.ops.aten.convolution, torch.ops.aten.convolution_backward
+BATCH_SIZE = 4
 # what makes the host wait for a device: reading a value, and shapes that depend on values
 WAITS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
 
 
 class Counter(TorchDispatchMode):
-    """Counts convolutions forwards and backwards, and what would make a host wait."""
+    """Counts convolutions of an image forwards and backwards, and what would make a host wait."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.forwards = self.backwards = self.waits = 0
+        self.forwards = self.backwards = self.waits = 0  # of all images together
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         packet = func.overloadpacket
-        self.forwards += packet is CONVOLUTION
-        self.backwards += packet is BACKWARD
+        if packet in (CONVOLUTION, BACKWARD):
+            # the input, or the gradient of the output; a second derivative convolves channels with channels
+            num_images = len(args[0]) if len(args[0]) <= 2 * BATCH_SIZE else BATCH_SIZE
+            self.forwards += num_images * (packet is CONVOLUTION)
+            self.backwards += num_images * (packet is BACKWARD)
         self.waits += packet in WAITS
         return func(*args, **(kwargs or {}))
 
@@ -79,7 +83,7 @@ def measure(methods: list[dict[str, Any]], *, width: int) -> dict[str, Any]:
     attack = PGD(ThreatModel(eps=8 / 255), step_size=2 / 255, steps=10)
     live: Live = stack.bind(model, attack=attack)
     draw = torch.Generator().manual_seed(0)
-    batch = Batch(torch.rand(4, 3, 32, 32, generator=draw), torch.arange(4), torch.arange(4))
+    batch = Batch(torch.rand(BATCH_SIZE, 3, 32, 32, generator=draw), *[torch.arange(BATCH_SIZE)] * 2)
     live.epoch_start(0, [(batch.x, batch.y)])
     flops = flops_per_image(live, batch)
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())
@@ -91,15 +95,16 @@ def measure(methods: list[dict[str, Any]], *, width: int) -> dict[str, Any]:
             loss.backward()
             optimizer.step()
             live.step_end()
+    live.epoch_end([(batch.x, batch.y)])
     return {
         "method": stack.label,
         "settings": methods,
-        "forwards": counter.forwards / convolutions,
-        "backwards": counter.backwards / convolutions,
+        "forwards": counter.forwards / convolutions / len(batch.x),
+        "backwards": counter.backwards / convolutions / len(batch.x),
         "gflops_per_image": flops / 1e9,
         "waits": counter.waits,
         "trained_share": sum(p.numel() for p in live.trainable()) / size,
-        "further_state": state_size(live.state_dict()) / size + sum(p.numel() for p in own(live)) / size,
+        "further_state": state_size(live.state_dict()) / size,
     }
 
 
@@ -114,11 +119,6 @@ def resolved(methods: list[dict[str, Any]]) -> Stack:
         "train": {"epochs": 1},
     }
     return resolve(recipe).method
-
-
-def own(live: Live) -> list[torch.nn.Parameter]:
-    """Return the parameters of a method that are no part of the network's weights."""
-    return list(live.own_parameters().values())
 
 
 def state_size(state: Any) -> int:
@@ -159,12 +159,13 @@ Counted on ResNet-18 with 32x32 images, PGD of 10 steps, each method at its defa
 `layer2.0.conv1`. Counts do not depend on the machine: `python benchmarks/methods.py --json results/method_costs.json
 --markdown docs/methods/costs.md` repeats them.
 
-- *forwards*, *backwards*: passes through the network in one step, attack included; a pass that stops early counts for
-  the share of convolutions that it runs.
+- *forwards*, *backwards*: passes of each image through the network in one step, attack included; a pass that stops
+  early counts for the share of convolutions that it runs, and the second derivatives of GradAlign for what they run.
 - *operations*: floating-point operations of matrix products and convolutions per image, relative to PGD-AT.
 - *waits*: how often the host would have to wait for the device.
 - *trained*: parameters that train, relative to those of the network.
-- *further state*: values that the method keeps beside the network, relative to its parameters.
+- *further state*: values that the method keeps beside the network, relative to its parameters; for four images,
+  where it grows with their number (ATTA: one byte for each value of each image; Free-AT: one batch).
 
 What is due once an epoch is not in the table: a selection of CLAT (one attack and one forward on 100 images), the
 re-estimation of SWA (one forward of all training images), the accuracy that AutoLoRa measures, RiFT's ranking of all

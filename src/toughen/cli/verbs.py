@@ -1,6 +1,7 @@
 """The verbs of the command line. Each calls the package and prints what came out."""
 
 import argparse
+import inspect
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from toughen.engine.progress import sample_progress
 from toughen.errors import InputError
 from toughen.evaluation import attack_names, evaluate, parse_attack, store
 from toughen.layers import map_layers
-from toughen.objectives import METHODS
+from toughen.objectives import METHODS, Objective
 from toughen.report import comparison_table, plot_criticality, plot_report, plot_training
 from toughen.run_folder import RunFolder, write_text
 
@@ -153,12 +154,16 @@ def _list(options: argparse.Namespace) -> None:
         _print_layers(target.model, target.splits)
     elif options.what == "recipes":
         for name, description in recipe_names().items():
-            print(f"{name:<28} {description}")
+            print(f"{name:<30} {description}")
+    elif options.what == "methods":
+        for name, method in METHODS.items():
+            kind = "objective" if isinstance(method, type) and issubclass(method, Objective) else "on top"
+            formula = (inspect.getdoc(method) or "").splitlines()[0].replace("``", "")
+            print(f"{name:<20} {kind:<10} {formula}")
     else:
         names: dict[str, Iterable[str]] = {
             "models": models.model_names(options.target),
             "datasets": DATASETS,
-            "methods": METHODS,
             "attacks": (*ATTACKS, *attack_names()),
             "augmentations": AUGMENTS,
             "selectors": SELECTORS,
