@@ -21,6 +21,8 @@ from toughen.config import recipe_names
 from toughen.run_folder import RunFolder
 
 SHELF = "table1_digits/"
+# as the paper's tables have them, then the others
+ORDER = ("pgd-at", "trades", "mart", "awp", "score", "autolora", "fast-at", "swa", "twins", "clean")
 
 
 def run(name: str, seed: int, folder: Path) -> None:
@@ -50,9 +52,10 @@ def gather(names: Sequence[str], seeds: Sequence[int], folder: Path) -> list[dic
         for seed in seeds:
             found = RunFolder.open(folder / f"{name}-{seed}")
             seconds = float((found.path / "wall_seconds").read_text())
+            commit = found.provenance()["commit"]
             for part, branch in (("start", found), *((b.path.name, b) for b in found.branches())):
                 row = member(branch, part)
-                rows.append({"recipe": SHELF + name, "seed": seed, "recipe_seconds": seconds, **row})
+                rows.append({"recipe": SHELF + name, "seed": seed, "recipe_seconds": seconds, "commit": commit, **row})
     return rows
 
 
@@ -90,7 +93,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     shelf = [name.removeprefix(SHELF) for name in recipe_names() if name.startswith(SHELF)]
-    names = options.recipes or shelf
+    names = options.recipes or sorted(shelf, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
     work = [(name, seed) for seed in options.seeds for name in names]
     with ThreadPoolExecutor(options.jobs) as pool:
         for (name, seed), done in [(item, pool.submit(run, *item, options.folder)) for item in work]:
