@@ -32,7 +32,7 @@ def unknown(what: str, given: str, allowed: Iterable[str], *, hint: str = "") ->
     """
     names = sorted(allowed)
     near = get_close_matches(given, names, n=1, cutoff=0.5)
-    guess = f"; did you mean {near[0]!r}?" if near else ""
+    guess = f"; did you mean {near[0]!r}?" if near else "."
     listing = ", ".join(names) if len(names) <= 24 else ", ".join(names[:24]) + ", ..."
     return InputError(f"unknown {what} {given!r}{guess} Allowed: {listing or 'none'}{'; ' + hint if hint else ''}")
 

@@ -71,6 +71,8 @@ def imported(spec: str, *, what: str) -> Callable[..., Any]:
         InputError: There is no such module, or nothing of that name to call in it.
     """
     place, _, name = spec.partition(":")
+    if place.startswith("."):
+        raise InputError(f"{what} {spec!r} starts with a dot; name its module in full, as in package.module:{name}")
     try:
         module = importlib.import_module(place)
     except (ImportError, SyntaxError, ValueError) as error:

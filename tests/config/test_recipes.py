@@ -292,6 +292,22 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 OWN = {"name": "half_and_half:HalfAndHalf", "share": 0.3}
 
 
+UNFINISHED = """
+from dataclasses import dataclass
+from toughen.objectives import Objective
+
+class Bare(Objective):
+    label = "bare"
+    def perturb(self, model, batch, attack, *, generator): ...
+    def loss(self, view, adv): ...
+
+@dataclass(frozen=True)
+class Unnamed(Objective):
+    def perturb(self, model, batch, attack, *, generator): ...
+    def loss(self, view, adv): ...
+"""
+
+
 def test_a_method_of_the_user_s_own_is_named_by_its_module_and_kept_so(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     wanted = resolve(document(method=[OWN, {"name": "clat", "k": 1}]))
@@ -308,9 +324,15 @@ def test_a_method_of_the_user_s_own_is_named_by_its_module_and_kept_so(monkeypat
         ({"name": "half_and_half:cross_entropy"}, r"^method 'half_and_half:cross_entropy' is no Objective"),
         ({"name": "os:system", "command": "exit 1"}, r"^method 'os:system' is no Objective and no Wrapper of toughen"),
         ({**OWN, "share": 3}, r"half-and-half share is 3\.0; it must lie in \[0, 1\]"),
+        ({"name": "toughen.objectives:Objective"}, r"^method 'toughen\.objectives:Objective' does not define loss, perturb;"),
+        ({"name": "unfinished_methods:Bare"}, r"^method 'unfinished_methods:Bare' is no dataclass, so its settings could"),
+        ({"name": "unfinished_methods:Unnamed"}, r"^method 'unfinished_methods:Unnamed' has no label, its row in tables;"),
+        ({"name": ".half_and_half:HalfAndHalf"}, r"starts with a dot; name its module in full, as in package\.module:Half"),
     ],
 )
-def test_what_is_no_method_is_refused_in_one_line(method, message, monkeypatch):
+def test_what_is_no_method_is_refused_in_one_line(method, message, monkeypatch, tmp_path):
+    (tmp_path / "unfinished_methods.py").write_text(UNFINISHED)
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLES)
     with pytest.raises(InputError, match=message):
         resolve(document(method=[method]))
@@ -342,6 +364,17 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path):
     write(tmp_path / "b.yaml", extends="a.yaml")
     with pytest.raises(InputError, match=r"a\.yaml extends itself: .*a\.yaml -> .*b\.yaml -> .*a\.yaml$"):
         load_recipe(str(tmp_path / "a.yaml"))
+
+
+def test_a_recipe_that_extends_itself_by_a_roundabout_path_is_refused(tmp_path):
+    write(tmp_path / "a.yaml", extends=f"../{tmp_path.name}/a.yaml")
+    with pytest.raises(InputError, match=r"a\.yaml extends itself: .*a\.yaml -> .*a\.yaml$"):
+        load_recipe(str(tmp_path / "a.yaml"))
+
+
+def test_another_network_does_not_inherit_the_width_of_the_recipe_that_is_extended(tmp_path):
+    for model, width in [({"name": "resnet18"}, None), ({"name": "resnet18", "width": 8}, 8), ({"mean": [0.5]}, 16)]:
+        assert load_recipe(write(tmp_path / "own.yaml", extends="digits", model=model)).model.width == width
 
 
 def test_a_recipe_that_extends_what_is_not_there_is_refused(tmp_path):

@@ -36,6 +36,12 @@ def test_a_drop_that_is_no_share_is_refused(drop):
         TrainSettings(epochs=1, max_drop=drop)
 
 
+@pytest.mark.parametrize("settings", [{"validate_every": 2}, {"checkpoint_steps": 5}])
+def test_a_guard_that_could_not_go_back_one_epoch_is_refused(settings):
+    with pytest.raises(InputError, match=r"max_drop goes back to the checkpoint of the epoch before: set validate_every"):
+        TrainSettings(epochs=4, max_drop=0.2, **settings)
+
+
 def test_nesterov_without_momentum_is_refused():
     with pytest.raises(InputError, match=r"train\.nesterov needs optimizer='sgd' and a momentum above 0"):
         TrainSettings(epochs=1, nesterov=True, momentum=0.0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from as_found import same
-from objective_checks import UNDER_CLAT, X_ADV, X, Y, assert_formula, assert_resumes, assert_trains
+from objective_checks import UNDER_CLAT, X_ADV, X, Y, assert_formula, assert_resumes, assert_trains, on_logits
 from toughen.attacks import PGD
 from toughen.errors import InputError
 from toughen.objectives import METHODS, FastAT
@@ -92,8 +92,6 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_the_clean_images_do_not_enter_the_loss():
-    from objective_checks import on_logits
-
     clean = X_ADV.flatten(1)[:, :4].clone().requires_grad_(True)
     other = X.flatten(1)[:, :4].clone().requires_grad_(True)
     gradient, none = torch.autograd.grad(

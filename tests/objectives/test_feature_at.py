@@ -80,3 +80,8 @@ def test_an_attack_that_could_not_move_is_refused():
 def test_no_layer_is_refused():
     with pytest.raises(InputError, match=r"feature-at layers is empty; name at least one"):
         FeatureAT(layers=())
+
+
+def test_a_name_in_the_place_of_names_is_refused():
+    with pytest.raises(InputError, match=r"feature-at layers is 'first'; give a tuple of names, here \('first',\)"):
+        FeatureAT(layers="first")

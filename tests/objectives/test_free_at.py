@@ -119,6 +119,19 @@ def test_its_state_continues_bit_for_bit():
     assert all(map(same, train(again, fresh, BATCHES[2:]), expected))
 
 
+def test_a_state_stays_as_it_was_taken_and_as_it_was_loaded():
+    live, optimizer = start(FreeAT(replays=2), build("nested"))
+    train(live, optimizer, BATCHES[:1])
+    state = live.state_dict()
+    before = state["delta"].clone()
+    train(live, optimizer, BATCHES[1:])
+    again, fresh = start(FreeAT(replays=2), build("nested"))
+    again.load_state_dict(state)
+    train(again, fresh, BATCHES[1:])
+    assert not same(live.state_dict()["delta"], before)
+    assert same(state["delta"], before)
+
+
 def test_it_does_not_go_with_what_carries_perturbations_over():
     assert "leave carry-over out" in FreeAT.conflicts["carry-over"]
     assert isinstance(stack(FreeAT()), Stack)

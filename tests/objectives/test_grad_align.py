@@ -12,6 +12,7 @@ from toughen.attacks import PGD
 from toughen.errors import InputError
 from toughen.layers import ModelView
 from toughen.objectives import METHODS, FastAT, GradAlign
+from toughen.objectives.grad_align import one_minus_cosine
 from toughen.types import AdversarialBatch, Batch, ThreatModel
 
 ATTACK = PGD(ThreatModel(eps=0.1), step_size=0.02, steps=20)
@@ -86,6 +87,20 @@ def test_an_image_without_gradient_is_left_out_and_harms_nobody():
     whole = reference(model.net) * len(Y)
     first = reference(model.net, torch.where(torch.arange(len(Y)) == 0, Y, -1))
     torch.testing.assert_close(output.terms["misalignment"], ((whole - first) / (len(Y) - 1)).detach())
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-22, 1e-26, 1e-40])
+def test_gradients_of_a_network_that_is_sure_of_everything_do_no_harm(size):
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 20, generator=draw) for _ in range(2))
+    a[0], b[0] = size * a[0], size * b[0]
+    b.requires_grad_(True)
+    value = one_minus_cosine(a, b)
+    (gradient,) = torch.autograd.grad(value, b)
+    assert gradient.isfinite().all()
+    counted = (v.detach()[0 if size > 1e-19 else 1 :].double() for v in (a, b))
+    expected = (1 - F.cosine_similarity(*counted, dim=1, eps=0)).mean()
+    assert float(value.detach()) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_without_any_gradient_the_regulariser_is_zero():

@@ -159,7 +159,7 @@ class PGD:
                 best, best_value = _worse(best, best_value, x_adv, value.detach())
             if self.momentum:
                 # the floor keeps a sample without gradient where it is, instead of 0/0
-                size = gradient.abs().flatten(1).mean(dim=1).clamp_min(1e-12).view(per_sample)
+                size = gradient.abs().flatten(1).mean(dim=1).clamp_min(torch.finfo(x.dtype).tiny).view(per_sample)
                 gradient = velocity = self.momentum * velocity + gradient / size
             delta = ball.project(x_adv + step_size * ball.ascend(gradient) - x, radius)
             x_adv = (x + delta).clamp_(low, high)

@@ -1,8 +1,9 @@
 """Recipes: found by name or path, overridden by dotted keys, resolved to settings."""
 
 import copy
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -63,7 +64,8 @@ def recipe_names() -> dict[str, str]:
 def read_document(name: str) -> dict[str, Any]:
     """Read a recipe as plain values, without checking them, laid over the one that it extends.
 
-    Mappings are laid over each other key by key; ``method`` and ``branches`` replace those of the other recipe.
+    Mappings are laid over each other key by key; ``method`` and ``branches`` replace those of the other recipe, and
+    another ``model.name`` does not take over its width.
 
     Raises:
         InputError: There is no such recipe, it is no mapping, or it extends itself.
@@ -79,10 +81,13 @@ def _extended(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
         return document
     base = str(document.pop("extends"))
     if base.endswith((".yaml", ".yml")) and name.endswith((".yaml", ".yml")):
-        base = str(Path(name).parent / base)
+        base = os.path.normpath(Path(name).parent / base)  # one name for each file, or a circle would go unseen
     below = _extended(base, (*seen, name))
     if "branches" in document:
         below.pop("branches", None)
+    above, model = document.get("model"), below.get("model")
+    if isinstance(above, dict) and isinstance(model, dict) and above.get("name", model.get("name")) != model.get("name"):
+        model.pop("width", None)  # it was the width of the other recipe's own network
     merged: dict[str, Any] = _merged(below, document)
     return merged
 
@@ -226,7 +231,18 @@ def _method(name: str) -> Any:
     found = imported(name, what="method")
     if not (isinstance(found, type) and issubclass(found, Objective | Wrapper)):
         raise InputError(f"method {name!r} is no Objective and no Wrapper of toughen; see docs/add-an-objective.md")
+    if fault := _fault(found):
+        raise InputError(f"method {name!r} {fault}; see docs/add-an-objective.md")
     return found
+
+
+def _fault(method: type) -> str | None:
+    """What a class of the user's own lacks to be a method, or None."""
+    if missing := sorted(getattr(method, "__abstractmethods__", ())):
+        return f"does not define {', '.join(missing)}"
+    if not is_dataclass(method):
+        return "is no dataclass, so its settings could not be stored"
+    return None if hasattr(method, "label") else "has no label, its row in tables"
 
 
 def _epoch(value: Any) -> int | None:

@@ -94,7 +94,7 @@ def module_robustness(
         The report.
 
     Raises:
-        InputError: A setting is out of its range, no labelled images, or nothing to measure.
+        InputError: A setting is out of its range, no labelled images, a loss that is no number, or nothing to measure.
     """
     if not 0 < eps < math.inf or epochs < 1:
         raise InputError(f"module robustness eps is {eps!r} and epochs {epochs}; they must be > 0 and at least 1")
@@ -106,6 +106,8 @@ def module_robustness(
     with _as_found(model):
         robust = _Robustness(model, images)
         loss = robust.loss({})
+        if not math.isfinite(loss):
+            raise InputError(f"the loss of {type(model).__name__} on the adversarial images is {loss}; nothing to measure")
         for name, weight in weights.items():
             worst = max(loss, *robust.ascent(weight, eps * weight.norm(), epochs))
             rows.append(ModuleRobustness(name, worst - loss, float(weight.norm())))

@@ -152,6 +152,11 @@ class TrainSettings:
             raise InputError(f"train.milestones {list(self.milestones)} and peak {self.peak} must lie between 0 and 1")
         if self.max_drop is not None and not 0 < self.max_drop < 1:
             raise InputError(f"train.max_drop is {self.max_drop}; it must lie between 0 and 1, for example 0.2")
+        if self.max_drop is not None and (self.validate_every != 1 or self.checkpoint_steps is not None):
+            raise InputError(
+                "train.max_drop goes back to the checkpoint of the epoch before: set validate_every to 1, and leave"
+                " checkpoint_steps out, which would overwrite it"
+            )
         if self.schedule == "auto" and self.validate_every != 1:
             raise InputError(
                 f"train.schedule=auto looks at every epoch's validation, but validate_every is {self.validate_every};"

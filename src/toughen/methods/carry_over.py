@@ -186,7 +186,8 @@ class LiveCarryOver(LiveWrapper):
         first = self._collected[0][1]
         table = first.new_full((num_images + 1, *first.shape[1:]), self._format.none)
         for rows, values in self._collected:
-            table[rows] = values  # those of images that are not stored, row -1, are empty
+            table[rows] = values
+        table[-1] = self._format.none  # images that are not stored have row -1
         return table
 
     # -- resuming ---------------------------------------------------------------------------------

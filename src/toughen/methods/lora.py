@@ -92,6 +92,11 @@ class LoRA(Wrapper):
                     f" CLAT would choose weights that LoRA then freezes; set clat start_epoch >= {self.start_epoch}, or"
                     f" lora start_epoch <= {method.start_epoch}"
                 )
+            if isinstance(method, CLAT) and method.base == "inner" and self.norm_stats == "frozen" != method.norm_stats:
+                raise InputError(
+                    f"{method.label} has norm_stats={method.norm_stats!r} and {self.label} 'frozen', which holds in the"
+                    " inner loss, so no statistics would move; set lora norm_stats='update'"
+                )
 
     def bind(self, model: nn.Module, *, attack: Attack, inner: Live | None = None, seed: int = 0) -> "LiveLoRA":
         """Bind these settings to a model around an inner method, and attach the adapters.
@@ -199,6 +204,12 @@ class LiveLoRA(LiveWrapper):
         return self.inner.loss(adv)
 
     # -- what the loop asks -----------------------------------------------------------------------
+
+    def check(self, example: Tensor) -> None:
+        """See ``Live.check``."""
+        if self.settings.classifier == "train":
+            self._find_classifier(example)
+        super().check(example)
 
     @property
     def selected(self) -> tuple[str, ...] | None:

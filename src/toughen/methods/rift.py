@@ -149,7 +149,7 @@ class LiveRiFT(LiveWrapper):
         """Choose the module and freeze all others, when RiFT starts; see ``Live.epoch_start``.
 
         Raises:
-            InputError: RiFT starts and ``probe`` is empty, or there is no such layer.
+            InputError: RiFT starts and ``probe`` is empty, or there is no such layer, or it is frozen.
         """
         if self._layer is None and epoch < self.settings.start_epoch:
             return super().epoch_start(epoch, probe, optimizer=optimizer)
@@ -170,7 +170,7 @@ class LiveRiFT(LiveWrapper):
             )
         layers, settings = self._map(probe[0][0]), self.settings
         if settings.layer is not None:
-            return layers.by_name(settings.layer)
+            return self._named(layers, settings.layer)
         report = module_robustness(
             self.model,
             probe,
@@ -182,6 +182,12 @@ class LiveRiFT(LiveWrapper):
         )
         self.mrc = {row.name: row.mrc for row in report.rows}
         return layers.by_name(report.chosen.name)
+
+    def _named(self, layers: LayerMap, name: str) -> Layer:
+        layer = layers.by_name(name)
+        if not self._asked.intersection(layer.parameters):
+            raise InputError(f"rift layer {name!r} is frozen, so there is nothing to tune; name another, or none")
+        return layer
 
     def _map(self, images: Tensor) -> LayerMap:
         return map_layers(self.model, images[:1].to(self._device))
@@ -251,7 +257,7 @@ class LiveRiFT(LiveWrapper):
     def check(self, example: Tensor) -> None:
         """See ``Live.check``."""
         if self.settings.layer is not None:
-            self._map(example).by_name(self.settings.layer)
+            self._named(self._map(example), self.settings.layer)
         super().check(example)
 
     @property
@@ -318,6 +324,8 @@ class LiveRiFT(LiveWrapper):
         """See ``Live.load_state_dict``; freezes what was frozen."""
         if self.trainable_set is not None:
             self.trainable_set.restore()
+        for parameter in self.own_parameters().values():
+            parameter.requires_grad_(True)
         self._layer, self.trainable_set, self.alpha, self._chosen = None, None, None, None
         super().load_state_dict(state)
         self._first_epoch, self.mrc = state["first_epoch"], dict(state["mrc"])

@@ -26,12 +26,13 @@ T = TypeVar("T", Batch, AdversarialBatch)
 @METHODS.register("twins")
 @dataclass(frozen=True, kw_only=True)
 class TWINS(Wrapper):
-    """Two nets that share all but batch norm: ``lam * L_frozen(first half) + L_adaptive(second half)``.
+    """Two nets that share all but batch norm: ``lam * L_frozen(one half) + L_adaptive(the other)`` of each batch.
 
     L is the loss of the inner method, on the half of the perturbed batch that each net gets. The adaptive net is the
     model itself; the attack sees it alone, and it is what is deployed. In the frozen net batch norm normalises with the
     running statistics of the start, always in eval mode, and has scale and shift of its own, which begin as copies of
-    the model's and train. Of an odd batch the frozen net gets the smaller half, of a single image nothing.
+    the model's and train. Every second image goes to the frozen net, so that each net gets its share of
+    the extra images, which stand at the end of a batch. Of an odd batch it gets the smaller half, of one image nothing.
 
     TWINS-AT is ``stack(PGDAT(), TWINS())``. The paper's TWINS-TRADES with beta 6 sums the KL divergence over each half
     but divides by the size of the whole batch; the inner method divides by the size of its half. So the same loss is
@@ -106,12 +107,11 @@ class LiveTWINS(LiveWrapper):
         return selection
 
     def loss(self, adv: AdversarialBatch) -> StepOutput:
-        """Return ``lam`` times the inner loss of the first half in the frozen net, plus that of the second half."""
-        half = len(adv.x_adv) // 2
-        if not self._started or half == 0:
+        """Return ``lam`` times the inner loss of every second image in the frozen net, plus that of the others."""
+        if not self._started or len(adv.x_adv) < 2:
             return self.inner.loss(adv)
-        frozen = self._frozen_loss(_rows(adv, slice(half)))
-        adaptive = self.inner.loss(_rows(adv, slice(half, None)))
+        frozen = self._frozen_loss(_rows(adv, slice(1, None, 2)))
+        adaptive = self.inner.loss(_rows(adv, slice(0, None, 2)))
         loss = self.settings.lam * frozen + adaptive.loss
         return StepOutput(loss, {**adaptive.terms, "frozen": frozen.detach()})
 

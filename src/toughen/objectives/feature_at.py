@@ -31,7 +31,7 @@ class FeatureAT(Objective):
         norm: How one layer's difference is measured, see ``feature_distance``.
 
     Raises:
-        InputError: No layer is named, or a choice is unknown.
+        InputError: No layer is named, ``layers`` is a single string, or a choice is unknown.
     """
 
     label: ClassVar[str] = "Feature-AT"
@@ -42,6 +42,9 @@ class FeatureAT(Objective):
 
     def __post_init__(self) -> None:
         check_choices(self, where="feature-at")
+        layers: object = self.layers
+        if isinstance(layers, str):
+            raise InputError(f"feature-at layers is {layers!r}; give a tuple of names, here ({layers!r},)")
         if not self.layers:
             raise InputError("feature-at layers is empty; name at least one of `toughen list layers MODEL`")
 

@@ -112,10 +112,11 @@ class LiveFreeAT(LiveObjective):
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Live.state_dict``."""
-        return {**super().state_dict(), "delta": self._delta}
+        return {**super().state_dict(), "delta": None if self._delta is None else self._delta.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Live.load_state_dict``."""
         super().load_state_dict(state)
         device = next(self.model.parameters()).device
-        self._delta = None if state["delta"] is None else state["delta"].to(device)
+        # a copy, since steps change it in place
+        self._delta = None if state["delta"] is None else state["delta"].to(device, copy=True)

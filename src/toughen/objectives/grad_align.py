@@ -23,8 +23,9 @@ class GradAlign(Objective):
     """E CE(F(x'), y) + lam * E (1 - cos(g(x), g(x + eta))), x' by FGSM from x, eta uniform in the ball.
 
     g(x) is the gradient of the cross-entropy with respect to the image, and constant in the regulariser; g(x + eta) is
-    differentiated. Images one of whose gradients is zero are left out of the mean. x + eta may leave the box of pixels,
-    as in the official code. The threat model and ``model_mode`` are those of the run's attack.
+    differentiated. Images one of whose gradients is zero, or too short for its square to be a number, are left out of
+    the mean. x + eta may leave the box of pixels, as in the official code. The threat model and ``model_mode`` are
+    those of the run's attack.
 
     Args:
         lam: Weight of the regulariser, >= 0. Published: 0.2 at eps 8/255, and 0.02 * 10^(255 eps / 8) elsewhere.
@@ -75,10 +76,16 @@ def image_gradient(view: ModelView, x: Tensor, y: Tensor, *, create_graph: bool)
 
 
 def one_minus_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Return the mean of 1 - cos over the samples of which neither vector is zero, in [0, 2]; 0 if there is none."""
+    """Return the mean of 1 - cos over the samples of which neither vector is zero, in [0, 2]; 0 if there is none.
+
+    A vector so short that the square of its length underflows counts as zero.
+    """
     a, b = a.flatten(1), b.flatten(1)
-    counts = ((a != 0).any(dim=1) & (b != 0).any(dim=1)).to(a)
+    shortest = torch.finfo(a.dtype).tiny ** 0.5
+    lengths = [torch.linalg.vector_norm(v.detach(), dim=1) for v in (a, b)]
+    counts = (lengths[0] > shortest) & (lengths[1] > shortest)
     # a zero vector has no direction, and its cosine no gradient: it is put aside before the division, not after
-    safe_a, safe_b = (torch.where(counts.bool()[:, None], v, torch.ones_like(v)) for v in (a, b))
+    safe_a, safe_b = (torch.where(counts[:, None], v, torch.ones_like(v)) for v in (a, b))
     cosine = F.cosine_similarity(safe_a, safe_b, dim=1, eps=0.0)
-    return ((1 - cosine) * counts).sum() / counts.sum().clamp(min=1)
+    mean: Tensor = ((1 - cosine) * counts).sum() / counts.sum().clamp(min=1)
+    return mean
