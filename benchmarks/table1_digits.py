@@ -104,8 +104,13 @@ def main() -> None:
             sys.stderr.write(f"{name}, seed {seed}\n")
     rows = gather(names, options.seeds, options.folder)
     if options.json:
-        provenance = json.loads((options.folder / f"{names[0]}-{options.seeds[0]}" / "provenance.json").read_text())
-        options.json.write_text(json.dumps({"provenance": provenance, "rows": rows}, indent=1) + "\n")
+        facts = RunFolder.open(options.folder / f"{names[0]}-{options.seeds[0]}").provenance()
+        machine = {
+            key: facts[key] for key in ("device", "threads", "cores", "python", "system", "versions", "precision")
+        }
+        command = f"toughen train {SHELF}NAME train.seed=SEED"
+        found = {"command": command, "provenance": machine, "rows": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     print(table(rows))
 
 

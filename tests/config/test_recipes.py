@@ -324,10 +324,22 @@ def test_a_method_of_the_user_s_own_is_named_by_its_module_and_kept_so(monkeypat
         ({"name": "half_and_half:cross_entropy"}, r"^method 'half_and_half:cross_entropy' is no Objective"),
         ({"name": "os:system", "command": "exit 1"}, r"^method 'os:system' is no Objective and no Wrapper of toughen"),
         ({**OWN, "share": 3}, r"half-and-half share is 3\.0; it must lie in \[0, 1\]"),
-        ({"name": "toughen.objectives:Objective"}, r"^method 'toughen\.objectives:Objective' does not define loss, perturb;"),
-        ({"name": "unfinished_methods:Bare"}, r"^method 'unfinished_methods:Bare' is no dataclass, so its settings could"),
-        ({"name": "unfinished_methods:Unnamed"}, r"^method 'unfinished_methods:Unnamed' has no label, its row in tables;"),
-        ({"name": ".half_and_half:HalfAndHalf"}, r"starts with a dot; name its module in full, as in package\.module:Half"),
+        (
+            {"name": "toughen.objectives:Objective"},
+            r"^method 'toughen\.objectives:Objective' does not define loss, perturb;",
+        ),
+        (
+            {"name": "unfinished_methods:Bare"},
+            r"^method 'unfinished_methods:Bare' is no dataclass, so its settings could",
+        ),
+        (
+            {"name": "unfinished_methods:Unnamed"},
+            r"^method 'unfinished_methods:Unnamed' has no label, its row in tables;",
+        ),
+        (
+            {"name": ".half_and_half:HalfAndHalf"},
+            r"starts with a dot; name its module in full, as in package\.module:Half",
+        ),
     ],
 )
 def test_what_is_no_method_is_refused_in_one_line(method, message, monkeypatch, tmp_path):

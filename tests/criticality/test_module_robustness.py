@@ -153,6 +153,14 @@ def test_an_ascent_that_leaves_all_numbers_is_the_most_critical():
     assert report.chosen.name == "2"
 
 
+def test_a_network_that_has_left_all_numbers_is_refused():
+    model = build("normed")
+    with torch.no_grad():
+        model.conv1.weight.fill_(math.nan)
+    with pytest.raises(InputError, match="the loss of Normed on the adversarial images is nan; nothing to measure"):
+        module_robustness(model, BATCHES, PGD2)
+
+
 @pytest.mark.parametrize(
     ("batches", "settings", "message"),
     [

@@ -1,6 +1,6 @@
 import pytest
 
-from small_runs import recipe
+from small_runs import recipe, resume
 from toughen.engine import Trainer, TrainSettings, checkpoint
 from toughen.engine.auto_rate import halvings
 from toughen.errors import InputError
@@ -13,7 +13,7 @@ def run_with(robust, folder, monkeypatch, **settings):
     return Trainer(recipe(train={"epochs": len(robust), "batch_size": 20, **settings}), out=folder).fit()
 
 
-def test_a_collapse_ends_the_run_on_the_checkpoint_of_the_epoch_before(tmp_path, monkeypatch, capsys):
+def test_a_collapse_ends_the_run_as_it_was_at_the_validation_before(tmp_path, monkeypatch, capsys):
     run = run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", monkeypatch, max_drop=0.25)
     assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 2
     assert [row["epoch"] for row in run.log()] == [1, 2, 3]
@@ -22,6 +22,35 @@ def test_a_collapse_ends_the_run_on_the_checkpoint_of_the_epoch_before(tmp_path,
     assert (
         "in epoch 3: catastrophic overfitting; the run ends with the checkpoint of epoch 2" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "robust"), [({"checkpoint_steps": 1}, [0.3, 0.5, 0.2, 0.6]), ({"validate_every": 2}, [0.5, 0.2])]
+)
+def test_a_collapse_takes_back_what_came_after_the_validation_before(tmp_path, monkeypatch, settings, robust):
+    found = iter(robust)
+    monkeypatch.setattr(Trainer, "_validate", lambda self: {"clean": 0.9, "robust": next(found), "n": 20})
+    section = {"epochs": 4, "batch_size": 20, "max_drop": 0.25, **settings}
+    run = Trainer(recipe(train=section), out=tmp_path / "run").fit()
+    last = checkpoint.read_state(run.checkpoints / "last")
+    assert (last["epoch"], last["step"]) == (2, 0)
+    weights = [(run.checkpoints / name / "weights.safetensors").read_bytes() for name in ("validated", "last")]
+    assert weights[0] == weights[1]
+    assert "ended" in run.log()[-1]
+
+
+def test_a_collapsed_run_that_is_cut_before_its_evaluation_does_not_train_again(tmp_path, monkeypatch):
+    def cut(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_evaluate", cut)
+        run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", patch, max_drop=0.25)
+    seen = (tmp_path / "run" / "log.jsonl").read_text()
+    run = resume(tmp_path / "run")
+    assert run.finished
+    assert (run.path / "log.jsonl").read_text() == seen
+    assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 2
 
 
 def test_a_smaller_drop_and_a_run_without_the_guard_go_on(tmp_path, monkeypatch):
@@ -34,12 +63,6 @@ def test_a_smaller_drop_and_a_run_without_the_guard_go_on(tmp_path, monkeypatch)
 def test_a_drop_that_is_no_share_is_refused(drop):
     with pytest.raises(InputError, match=rf"train.max_drop is {drop}; it must lie between 0 and 1"):
         TrainSettings(epochs=1, max_drop=drop)
-
-
-@pytest.mark.parametrize("settings", [{"validate_every": 2}, {"checkpoint_steps": 5}])
-def test_a_guard_that_could_not_go_back_one_epoch_is_refused(settings):
-    with pytest.raises(InputError, match=r"max_drop goes back to the checkpoint of the epoch before: set"):
-        TrainSettings(epochs=4, max_drop=0.2, **settings)
 
 
 def test_nesterov_without_momentum_is_refused():

@@ -180,6 +180,12 @@ def test_pgd_at_costs_what_pgd_at_costs_and_clean_training_less(tmp_path):
     assert ratios["clean"] < 0.5  # the attack's 2 steps of 2 passes are saved, of 7 passes in all
 
 
+def test_what_pgd_at_costs_does_not_depend_on_adapters_that_the_method_attaches(tmp_path):
+    methods = {"plain": [PGD_AT], "adapted": [PGD_AT, {"name": "lora", "rank": 2}]}
+    costs = [train(tmp_path / name, train={"epochs": 1}, method=m).log()[-1] for name, m in methods.items()]
+    assert costs[0]["pgd_at_gflops_per_image"] == costs[1]["pgd_at_gflops_per_image"]
+
+
 def test_a_log_row_holds_what_the_design_promises(tmp_path):
     run = train(tmp_path / "run", train={"epochs": 2}, **clat(start_epoch=1, lam=0.03))
     before, after = run.log()

@@ -170,6 +170,16 @@ def test_extra_images_whose_pixels_are_not_tracked_start_afresh_and_leave_what_i
     assert bool((extra < 0).any())
 
 
+def test_an_image_without_a_place_leaves_no_start_to_others():
+    attack = Marks()
+    live = bound(attack=attack, model=build("attention"))
+    for number in range(2):
+        epoch(live, number, [Batch(X[:4].double(), Y[:4], torch.tensor([0, 1, -1, -1]))])
+    own, nowhere = (attack.starts[-1] - X[:4].double()).split(2)
+    torch.testing.assert_close(own[:, :, 0, 0], torch.full((2, 3), EPS / 127, dtype=torch.float64))
+    assert bool((nowhere < 0).any())
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

@@ -302,6 +302,20 @@ def test_a_stack_in_which_clat_would_choose_what_lora_freezes_is_refused():
     stack(PGDAT(), LoRA(start_epoch=5), CLAT(k=1, start_epoch=5))
 
 
+@pytest.mark.parametrize("norm_stats", ["follow", "update"])
+def test_a_clat_whose_statistics_it_would_hold_is_refused(norm_stats):
+    clat = CLAT(select="fixed", layers=("conv1",), base="inner", norm_stats=norm_stats)
+    with pytest.raises(InputError, match=f"norm_stats='{norm_stats}' and LoRA 'frozen'.*lora norm_stats='update'"):
+        stack(PGDAT(), LoRA(), clat)
+    model = build("normed")
+    live = stack(PGDAT(), LoRA(rank=2, norm_stats="update"), clat).bind(model, attack=PGD2)
+    live.epoch_start(0, PROBE)
+    before = state(model)
+    steps(live, sgd(live))
+    assert "bn1.running_mean" in changed(model, before)
+    stack(PGDAT(), LoRA(), CLAT(k=1, norm_stats=norm_stats))  # with a loss of its own LoRA's does not run
+
+
 @pytest.mark.parametrize("outer", [CLAT(k=1), SWA(), EMA()])
 def test_it_stands_before_what_needs_its_adapters_or_averages_them(outer):
     with pytest.raises(InputError, match=f"LoRA stands behind {outer.label}"):
@@ -329,5 +343,8 @@ def test_a_classifier_that_can_not_be_found_is_refused():
         bound(build("normed"), classifier="train").epoch_start(0)
     headless = nn.Sequential(nn.Conv2d(3, 6, 3), nn.AvgPool2d(6), nn.Flatten(), nn.Unflatten(1, (2, 3)), nn.Flatten(2))
     model = nn.Sequential(headless, nn.AdaptiveAvgPool1d(2), nn.Flatten())
+    live = bound(model, classifier="train", start_epoch=50)
     with pytest.raises(InputError, match="no layer of Sequential returns its logits; set it to 'frozen'"):
-        bound(model, classifier="train").epoch_start(0, PROBE)
+        live.check(X[:1])  # not only when it starts
+    with pytest.raises(InputError, match="no layer of Sequential returns its logits"):
+        live.epoch_start(50, PROBE)

@@ -313,6 +313,15 @@ def test_a_state_from_before_the_start_lets_everything_train_again():
     assert set(live(X, Y).terms) == {"adv_ce"}
 
 
+def test_so_it_does_with_the_parameters_of_the_inner_method():
+    live = bound(build("normed"), PGDAT(), TWINS(), start_epoch=1)
+    saved = live.state_dict()
+    live.epoch_start(1, PROBE)
+    assert not any(p.requires_grad for p in live.own_parameters().values())
+    live.load_state_dict(saved)
+    assert all(p.requires_grad for p in live.own_parameters().values())
+
+
 def test_the_label_is_that_of_the_papers_row():
     assert stack(PGDAT(), CLAT(k=1), RiFT(start_epoch=1)).label == "PGD-AT + CLAT + RiFT"
     assert METHODS["rift"] is RiFT
@@ -370,5 +379,11 @@ def test_what_it_can_not_do_is_refused():
     with pytest.raises(InputError, match="unknown layer 'conv9'; did you mean 'conv"):
         bound(build("normed"), layer="conv9").check(X[:1])
     bound(build("normed"), layer="conv1").check(X[:1])
+    partly = build("normed")
+    partly.conv1.requires_grad_(False)
+    live = bound(partly, layer="conv1")
+    for start in (lambda: live.check(X[:1]), lambda: live.epoch_start(0, PROBE)):
+        with pytest.raises(InputError, match="rift layer 'conv1' is frozen, so there is nothing to tune"):
+            start()
     with pytest.raises(InputError, match=r"RiFT stands alone .* use stack\(PGDAT\(\), RiFT\(...\)\)"):
         RiFT().bind(nn.Identity(), attack=PGD2)

@@ -12,11 +12,12 @@ from toughen.attacks import PGD
 from toughen.errors import InputError
 from toughen.methods import CLAT, TWINS, stack
 from toughen.objectives import METHODS, PGDAT
-from toughen.types import Batch, ThreatModel
+from toughen.types import AdversarialBatch, Batch, StepOutput, ThreatModel
 from zoo import build, images
 
 X, Y = images(8)
 X64 = X.double()
+FROZEN, ADAPTIVE = slice(1, None, 2), slice(0, None, 2)
 PGD2 = PGD(ThreatModel(eps=0.1), step_size=0.05, steps=2)
 
 
@@ -66,15 +67,14 @@ def assert_close(found, expected):
 
 
 def literal_twins_at(frozen, model, adv, lam):
-    first, second = slice(4), slice(4, None)
-    loss = lam * F.cross_entropy(frozen(adv.x_adv[first]), Y[first])
-    return loss + F.cross_entropy(model(adv.x_adv[second]), Y[second])
+    loss = lam * F.cross_entropy(frozen(adv.x_adv[FROZEN]), Y[FROZEN])
+    return loss + F.cross_entropy(model(adv.x_adv[ADAPTIVE]), Y[ADAPTIVE])
 
 
 def literal_twins_trades(frozen, model, adv, lam, beta):
     """As the paper's code has it: each KL divergence is a sum over its half, divided by the size of the whole batch."""
     total = 0.0
-    for net, rows, weight in ((frozen, slice(4), lam), (model, slice(4, None), 1.0)):
+    for net, rows, weight in ((frozen, FROZEN, lam), (model, ADAPTIVE, 1.0)):
         clean, moved = net(X64[rows]), net(adv.x_adv[rows])
         divergence = F.kl_div(moved.log_softmax(1), clean.softmax(1), reduction="sum") / len(X64)
         total = total + weight * (F.cross_entropy(clean, Y[rows]) + beta * divergence)
@@ -102,17 +102,17 @@ def test_the_log_tells_the_loss_of_both_nets():
     adv = perturbed(live)
     out = live.loss(adv)
     assert set(out.terms) == {"adv_ce", "frozen"}
-    torch.testing.assert_close(out.terms["frozen"], F.cross_entropy(frozen(adv.x_adv[:4]), Y[:4]))
+    torch.testing.assert_close(out.terms["frozen"], F.cross_entropy(frozen(adv.x_adv[FROZEN]), Y[FROZEN]))
     torch.testing.assert_close(out.loss, out.terms["adv_ce"] + 0.4 * out.terms["frozen"])
 
 
-def test_without_the_frozen_net_it_is_the_inner_method_on_the_second_half():
+def test_without_the_frozen_net_it_is_the_inner_method_on_the_other_half():
     model = build("normed").double()
     live = bound(model, lam=0.0)
     adv = perturbed(live)
     out = live.loss(adv)
     found = take_gradients(model, out.loss)
-    expected = F.cross_entropy(model(adv.x_adv[4:]), Y[4:])
+    expected = F.cross_entropy(model(adv.x_adv[ADAPTIVE]), Y[ADAPTIVE])
     torch.testing.assert_close(out.loss, expected)
     assert_close(found, take_gradients(model, expected))
 
@@ -121,7 +121,7 @@ def test_both_nets_are_one_while_statistics_and_affine_parameters_are_equal():
     model = build("normed").double().eval()  # eval: the adaptive net uses its running statistics too
     live = bound(model)
     adv = perturbed(live)
-    halves = [F.cross_entropy(model(adv.x_adv[rows]), Y[rows]) for rows in (slice(4), slice(4, None))]
+    halves = [F.cross_entropy(model(adv.x_adv[rows]), Y[rows]) for rows in (FROZEN, ADAPTIVE)]
     torch.testing.assert_close(live.loss(adv).loss, sum(halves))
 
 
@@ -192,8 +192,17 @@ def test_until_it_starts_it_is_its_inner_method_and_then_the_statistics_are_thos
 def test_of_an_odd_batch_the_frozen_net_gets_the_smaller_half():
     live, model, frozen = parted()
     adv = perturbed(live, X64[:5], Y[:5])
-    expected = F.cross_entropy(frozen(adv.x_adv[:2]), Y[:2]) + F.cross_entropy(model(adv.x_adv[2:]), Y[2:5])
+    expected = F.cross_entropy(frozen(adv.x_adv[1::2]), Y[1:5:2]) + F.cross_entropy(model(adv.x_adv[::2]), Y[:5:2])
     torch.testing.assert_close(live.loss(adv).loss, expected)
+
+
+def test_both_nets_get_their_share_of_the_images_at_the_end_of_a_batch():
+    live, _, _ = parted()
+    seen = []
+    live.inner.loss = lambda adv: seen.append(adv.batch.y.tolist()) or StepOutput(adv.x_adv.sum())
+    mixed = Batch(X64, torch.tensor([0, 1, 2, 3, -1, -1, -1, -1]))  # the extra images come last
+    live.loss(AdversarialBatch(mixed, X64))
+    assert seen == [[1, 3, -1, -1], [0, 2, -1, -1]]
 
 
 def test_of_a_single_image_the_frozen_net_gets_nothing():
@@ -209,9 +218,9 @@ def test_behind_clat_it_halves_the_loss_of_clat(base):
     live = stack(PGDAT(), clat, TWINS(lam=0.0)).bind(model, attack=PGD2)
     live.epoch_start(0, [(X, Y)])
     adv = perturbed(live, X)
-    half = Batch(X[4:], Y[4:])
-    inner = None if adv.inner is None else adv.inner._replace(batch=half, x_adv=adv.inner.x_adv[4:])
-    expected = live.inner.loss(adv._replace(batch=half, x_adv=adv.x_adv[4:], inner=inner)).loss
+    half = Batch(X[ADAPTIVE], Y[ADAPTIVE])
+    inner = None if adv.inner is None else adv.inner._replace(batch=half, x_adv=adv.inner.x_adv[ADAPTIVE])
+    expected = live.inner.loss(adv._replace(batch=half, x_adv=adv.x_adv[ADAPTIVE], inner=inner)).loss
     assert (inner is None) == (base == "clean_ce")
     torch.testing.assert_close(live.loss(adv).loss, expected)
 

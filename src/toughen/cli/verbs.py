@@ -18,7 +18,7 @@ from toughen.config import ATTACKS, load_recipe, recipe_names, resolve
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS
 from toughen.data import AUGMENTS, DATASETS, DataSplits
-from toughen.engine import Interrupted, Trainer, check_methods, create_model, training_loader
+from toughen.engine import Interrupted, Trainer, check_methods, create_model
 from toughen.engine.progress import sample_progress
 from toughen.errors import InputError
 from toughen.evaluation import attack_names, evaluate, parse_attack, store
@@ -44,8 +44,6 @@ def _train(options: argparse.Namespace) -> None:
         splits = data.load(recipe.data)
         model = create_model(recipe.model, splits)
         check_methods(recipe, model, splits)
-        for member in (recipe, *recipe.branches.values()):
-            training_loader(member, splits, "cpu")
         for line in splits.notes:
             note(line)
         print(yaml.safe_dump(recipe.document(), sort_keys=False))

@@ -86,7 +86,7 @@ def _extended(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if "branches" in document:
         below.pop("branches", None)
     above, model = document.get("model"), below.get("model")
-    if isinstance(above, dict) and isinstance(model, dict) and above.get("name", model.get("name")) != model.get("name"):
+    if isinstance(above, dict) and isinstance(model, dict) and above.get("name") not in (None, model.get("name")):
         model.pop("width", None)  # it was the width of the other recipe's own network
     merged: dict[str, Any] = _merged(below, document)
     return merged

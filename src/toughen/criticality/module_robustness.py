@@ -107,7 +107,9 @@ def module_robustness(
         robust = _Robustness(model, images)
         loss = robust.loss({})
         if not math.isfinite(loss):
-            raise InputError(f"the loss of {type(model).__name__} on the adversarial images is {loss}; nothing to measure")
+            raise InputError(
+                f"the loss of {type(model).__name__} on the adversarial images is {loss}; nothing to measure"
+            )
         for name, weight in weights.items():
             worst = max(loss, *robust.ascent(weight, eps * weight.norm(), epochs))
             rows.append(ModuleRobustness(name, worst - loss, float(weight.norm())))

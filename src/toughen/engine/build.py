@@ -23,6 +23,7 @@ def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
     x = next(datasets.in_order(data.train, batch_size=1, device=device)).x
     for member in (recipe, *recipe.branches.values()):
         _check_extra(member.method, data)
+        training_loader(member, data, device)
         # on a copy: binding may attach adapters
         member.method.bind(deepcopy(model), attack=member.attack, seed=member.train.seed).check(x)
 

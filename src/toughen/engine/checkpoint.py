@@ -72,12 +72,22 @@ def load_training(folder: Path, model: nn.Module) -> dict[str, Any]:
         InputError: See ``load``.
     """
     state = read_state(folder)
-    training = state["training"]
-    if training is not None and training.keys() == model.state_dict().keys():
-        model.load_state_dict(training)
-    else:
+    if not take_training(state, model):
         restore_weights(model, _found(folder) / WEIGHTS)
     return state
+
+
+def take_training(state: Mapping[str, Any], model: nn.Module) -> bool:
+    """Load the weights that training goes on with, where they are others than those to evaluate and fit the model.
+
+    Returns:
+        Whether there were such weights.
+    """
+    training = state["training"]
+    if training is None or training.keys() != model.state_dict().keys():
+        return False
+    model.load_state_dict(training)
+    return True
 
 
 def read_state(folder: Path) -> dict[str, Any]:

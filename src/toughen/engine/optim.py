@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from toughen.engine.recipe import TrainSettings
@@ -43,7 +43,7 @@ def parameter_names(optimizer: torch.optim.Optimizer, live: Live) -> list[str]:
 def continue_momentum(
     optimizer: torch.optim.Optimizer, live: Live, state: Mapping[str, Any], names: Sequence[str]
 ) -> None:
-    """Take over the momentum of another run for all parameters of the same name, and nothing else of its optimizer.
+    """Take over the momentum of another run for all parameters of the same name and shape, and nothing else of it.
 
     Args:
         optimizer: Keeps its own groups, for example its weight decay.
@@ -52,5 +52,15 @@ def continue_momentum(
         names: Its parameters, as ``parameter_names`` returned them there.
     """
     place = {name: number for number, name in enumerate(parameter_names(optimizer, live))}
-    momentum = {place[names[number]]: kept for number, kept in state["state"].items() if names[number] in place}
+    parameters = live.named_parameters()
+    momentum = {
+        place[name]: kept
+        for number, kept in state["state"].items()
+        if (name := names[number]) in place and _fits(kept, parameters[name])
+    }
     optimizer.load_state_dict({"state": momentum, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _fits(kept: Mapping[str, Any], parameter: nn.Parameter) -> bool:
+    """Whether the momentum is of this shape; adapters of another rank bear the same name."""
+    return all(value.shape in (parameter.shape, ()) for value in kept.values() if isinstance(value, Tensor))

@@ -108,8 +108,8 @@ class TrainSettings:
         seed: Of initial weights, order, augmentation, random starts and random selection.
         patience: Early stopping: the run ends after so many epochs without a better robust validation accuracy; None
             never does.
-        max_drop: Guard against catastrophic overfitting: the run ends with the checkpoint of the epoch before when
-            robust validation accuracy, in [0, 1], falls by more than this between two validations; None never does.
+        max_drop: Guard against catastrophic overfitting: when robust validation accuracy, in [0, 1], falls by more than
+            this between two validations, the run ends as it was at the first of them; None never does.
         validate_every: Epochs between validations.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``.
         precision: ``"auto"`` is bf16-mixed on CUDA and 32-true elsewhere.
@@ -152,11 +152,6 @@ class TrainSettings:
             raise InputError(f"train.milestones {list(self.milestones)} and peak {self.peak} must lie between 0 and 1")
         if self.max_drop is not None and not 0 < self.max_drop < 1:
             raise InputError(f"train.max_drop is {self.max_drop}; it must lie between 0 and 1, for example 0.2")
-        if self.max_drop is not None and (self.validate_every != 1 or self.checkpoint_steps is not None):
-            raise InputError(
-                "train.max_drop goes back to the checkpoint of the epoch before: set validate_every to 1, and leave"
-                " checkpoint_steps out, which would overwrite it"
-            )
         if self.schedule == "auto" and self.validate_every != 1:
             raise InputError(
                 f"train.schedule=auto looks at every epoch's validation, but validate_every is {self.validate_every};"

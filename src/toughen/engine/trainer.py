@@ -21,6 +21,7 @@ from toughen.criticality.selection import Selection
 from toughen.data import DataSplits, Images
 from toughen.engine import checkpoint
 from toughen.engine.auto_rate import halvings
+from toughen.engine.branch import continue_methods
 from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import pick_device, pick_precision
 from toughen.engine.flops import flops_per_image
@@ -52,6 +53,8 @@ class _Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
     best: float = -1.0
     best_epoch: int = 0
+    collapsed: bool = False
+    past: list[float] = field(default_factory=list)  # what the automatic schedule of a branch knows from its run
     flops: float = 0.0
     pgd_at_flops: float = 0.0
     log: list[dict[str, Any]] = field(default_factory=list)
@@ -104,7 +107,6 @@ class Trainer:
         self.show_progress = show_progress
         self.progress = _Progress()
         self._stop_asked = False
-        self._collapsed = False
         self.folder = self._open(out) if resume else self._create(out)
         resumed = checkpoint.exists(self.folder.checkpoints / "last")
         if resume and not resumed and start is None and (run := self.folder.parent_run) is not None:
@@ -114,7 +116,7 @@ class Trainer:
         self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
         self.optimizer = make_optimizer(self.live, self.settings)
         if resumed:
-            self._resume()
+            self._go_on_from("last")
         elif start is not None:
             self._continue_from(start)
 
@@ -155,10 +157,11 @@ class Trainer:
             random_state_kept(self.model),
             epoch_progress(self._title(), total=total, show=self.show_progress) as progress,
         ):
-            while self.progress.epoch < self.recipe.stop_epoch and not self._patience_over() and not self._collapsed:
+            while self.progress.epoch < self.recipe.stop_epoch and not self._over():
                 self._epoch(progress)
-            if not self._collapsed:
-                self._finish()
+            self._finish()
+            if self._stop_asked:
+                raise Interrupted
         self.live.release()
         self._evaluate()
         for name, recipe in self.recipe.branches.items():
@@ -207,7 +210,9 @@ class Trainer:
         )
         few = Batch(probe[0].x[:4], probe[0].y[:4], torch.arange(min(4, size), device=self.device))
         if not now.pgd_at_flops:
-            now.pgd_at_flops = flops_per_image(PGDAT().bind(self.model, attack=self.recipe.attack), few)
+            bare = deepcopy(self.live)
+            bare.release()  # PGD-AT trains the network itself: no adapters, nothing frozen
+            now.pgd_at_flops = flops_per_image(PGDAT().bind(bare.model, attack=self.recipe.attack), few)
         selection = self.live.epoch_start(epoch, [(b.x, b.y) for b in probe], optimizer=self.optimizer)
         now.sums = {}
         if selection is not None:
@@ -251,10 +256,10 @@ class Trainer:
 
     def _halvings(self) -> list[int]:
         """After which epochs of this run, or branch, the automatic schedule halves the rate."""
-        log = self.progress.log
-        before = log[0]["epoch"] - 1 if log else 0
-        found = halvings([row["validation"]["robust"] for row in log], self.settings.epochs - before)
-        return [before + epoch for epoch in found]
+        now = self.progress
+        robust = [*now.past, *(row["validation"]["robust"] for row in now.log)]
+        before = now.epoch - len(robust)
+        return [before + epoch for epoch in halvings(robust, self.settings.epochs - before)]
 
     def _epoch_end(self, progress: EpochProgress) -> None:
         now = self.progress
@@ -293,6 +298,8 @@ class Trainer:
         if self.settings.schedule == "auto" and now.epoch in self._halvings():
             self._take_up_best()
         self.folder.write_log(now.log)
+        if self.settings.max_drop is not None and "validation" in row:
+            self._save("validated")
         self._save("last")
         progress.say(epoch_line(self.folder.path.name, row), status=epoch_status(now.log))
         if self._stop_asked:
@@ -312,11 +319,14 @@ class Trainer:
         return most is not None and "validation" in row and any(b - row["validation"]["robust"] > most for b in before)
 
     def _stop_collapsed(self, row: dict[str, Any], progress: EpochProgress) -> None:
-        """End the run on the checkpoint of the epoch before; the log tells what was seen."""
-        self._collapsed = True
-        now = self.progress
+        """End the run as it was at the validation before; the log tells what was seen."""
         row["ended"] = f"robust validation accuracy fell by more than train.max_drop={self.settings.max_drop:g}"
-        self.folder.write_log([*now.log, row])
+        self.folder.write_log([*self.progress.log, row])
+        # not "last": that may be from inside this epoch, or from one that was not validated
+        self._go_on_from("validated")
+        now = self.progress
+        now.collapsed = True
+        self._save("last")
         progress.say(epoch_line(self.folder.path.name, row), status=epoch_status([row]))
         progress.say(
             f"{self.folder.path.name}: {row['ended']} in epoch {row['epoch']}: catastrophic overfitting; "
@@ -379,10 +389,11 @@ class Trainer:
 
     # -- stopping and resuming --------------------------------------------------------------------
 
-    def _patience_over(self) -> bool:
+    def _over(self) -> bool:
+        """Whether the run ends early: it collapsed, or its patience is over."""
         patience, now = self.settings.patience, self.progress
         measured = bool(now.log) and "validation" in now.log[-1]
-        return patience is not None and measured and now.epoch - now.best_epoch >= patience
+        return now.collapsed or (patience is not None and measured and now.epoch - now.best_epoch >= patience)
 
     def _checkpoint_due(self) -> bool:
         every = self.settings.checkpoint_steps
@@ -399,9 +410,9 @@ class Trainer:
         }
         checkpoint.save(self.folder.checkpoints / name, network, state)
 
-    def _resume(self) -> None:
-        """Take up this run where its last checkpoint left it, in the middle of an epoch or between two."""
-        state = checkpoint.load_training(self.folder.checkpoints / "last", self.model)
+    def _go_on_from(self, name: str) -> None:
+        """Take up this run where a checkpoint left it, in the middle of an epoch or between two."""
+        state = checkpoint.load_training(self.folder.checkpoints / name, self.model)
         self.optimizer.load_state_dict(state["optimizer"])
         self.live.load_state_dict(state["live"])
         now = _Progress(**{name: state[name] for name in vars(_Progress())})
@@ -409,16 +420,17 @@ class Trainer:
         self.progress = now
 
     def _continue_from(self, start: RunFolder) -> None:
-        """Begin as a branch: weights, momentum, epoch, random streams of a run; its state if the method is the same."""
-        same = start.config()["method"] == self.recipe.document()["method"]
-        if same:
-            state = checkpoint.load_training(start.checkpoints / "last", self.model)
-            self.live.load_state_dict(state["live"])
-        else:
-            state = checkpoint.read_state(start.checkpoints / "last")
+        """Begin as a branch: weights, momentum, epoch, random streams of a run; the state of the methods they share."""
+        state = checkpoint.read_state(start.checkpoints / "last")
+        config, methods = start.config(), self.recipe.document()["method"]
+        if methods[: len(config["method"])] == config["method"]:
+            checkpoint.take_training(state, self.model)  # once more: adapters of the run are attached only now
+        continue_methods(self.live, state["live"], run=config["method"], branch=methods)
         continue_momentum(self.optimizer, self.live, state["optimizer"], state["parameter_names"])
         self.live.calls = state["live"]["calls"]
         self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])
+        if self.settings.schedule == "auto" == config["train"]["schedule"]:
+            self.progress.past = [*state["past"], *(row["validation"]["robust"] for row in state["log"])]
 
     @contextmanager
     def _stopping_politely(self) -> Iterator[None]:

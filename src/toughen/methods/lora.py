@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
 from toughen.errors import InputError, check_choices, unknown
-from toughen.layers import map_layers
+from toughen.layers import NormStats, map_layers
 from toughen.layers.low_rank import LowRankForm, adaptable, adapters, attach_adapters, merge_adapters, originals
 from toughen.methods.clat import CLAT
 from toughen.methods.wrapper import LiveWrapper, Wrapper
@@ -92,11 +92,15 @@ class LoRA(Wrapper):
                     f" CLAT would choose weights that LoRA then freezes; set clat start_epoch >= {self.start_epoch}, or"
                     f" lora start_epoch <= {method.start_epoch}"
                 )
-            if isinstance(method, CLAT) and method.base == "inner" and self.norm_stats == "frozen" != method.norm_stats:
+            if isinstance(method, CLAT) and method.base == "inner" and self._holds(method.norm_stats):
                 raise InputError(
                     f"{method.label} has norm_stats={method.norm_stats!r} and {self.label} 'frozen', which holds in the"
                     " inner loss, so no statistics would move; set lora norm_stats='update'"
                 )
+
+    def _holds(self, outer: NormStats) -> bool:
+        """Whether batch norm stands still here although an outer method wants it to move."""
+        return self.norm_stats == "frozen" and outer != "frozen"
 
     def bind(self, model: nn.Module, *, attack: Attack, inner: Live | None = None, seed: int = 0) -> "LiveLoRA":
         """Bind these settings to a model around an inner method, and attach the adapters.

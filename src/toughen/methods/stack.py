@@ -19,8 +19,8 @@ class Stack:
         methods: At most one objective, which comes first, and the wrappers around it.
 
     Raises:
-        InputError: Nothing to stack, an objective that is not the first, a method named twice, a wrapper that misses
-            its inner method, or two methods that don't go together.
+        InputError: Nothing to stack, an objective that is not the first, a method or a variant of it named twice, a
+            wrapper that misses its inner method, or two methods that don't go together.
     """
 
     methods: tuple[Objective | Wrapper, ...]
@@ -34,7 +34,7 @@ class Stack:
                     f"{outer.label} is an objective and must come first; {self.methods[0].label} stands there"
                 )
         for number, method in enumerate(self.methods):
-            if any(type(method) is type(other) for other in self.methods[:number]):
+            if any(isinstance(method, type(other)) or isinstance(other, type(method)) for other in self.methods[:number]):
                 raise InputError(f"{method.label} stands twice in the stack; name it once")
         first = self.methods[0]
         if not isinstance(first, Objective) and first.needs_inner:

@@ -31,8 +31,8 @@ class TWINS(Wrapper):
     L is the loss of the inner method, on the half of the perturbed batch that each net gets. The adaptive net is the
     model itself; the attack sees it alone, and it is what is deployed. In the frozen net batch norm normalises with the
     running statistics of the start, always in eval mode, and has scale and shift of its own, which begin as copies of
-    the model's and train. Every second image goes to the frozen net, so that each net gets its share of
-    the extra images, which stand at the end of a batch. Of an odd batch it gets the smaller half, of one image nothing.
+    the model's and train. It gets every second image, so that both nets have their share of the extra images, which
+    stand at the end of a batch; of an odd batch that is the smaller half, of a single image nothing.
 
     TWINS-AT is ``stack(PGDAT(), TWINS())``. The paper's TWINS-TRADES with beta 6 sums the KL divergence over each half
     but divides by the size of the whole batch; the inner method divides by the size of its half. So the same loss is
