@@ -201,7 +201,7 @@ def continues(loop: Loop) -> bool:
 
 
 def trains(methods: list[dict[str, Any]], folder: Path) -> str:
-    """Train two epochs, the second with CLAT's selection in force; tell the reason where a rule forbids the stack."""
+    """Train two epochs, at least the second on selected layers; tell the reason where a rule forbids the stack."""
     if [m["name"] for m in methods].count("swa") == 2:
         methods = methods[:-1]
     try:
@@ -212,7 +212,9 @@ def trains(methods: list[dict[str, Any]], folder: Path) -> str:
         loop.epoch(number)
     network: nn.Module = loop.live.deployed()
     x = next(iter(loop.batches())).x
-    return yes(all(map(math.isfinite, loop.losses)) and bool(torch.isfinite(network.eval()(x)).all()))
+    finite = all(map(math.isfinite, loop.losses)) and bool(torch.isfinite(network.eval()(x)).all())
+    frozen = any(not parameter.requires_grad for parameter in loop.live.parameters())
+    return yes(finite and frozen and loop.live.selected is not None)
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:

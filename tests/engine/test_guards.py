@@ -3,7 +3,7 @@ import pytest
 from small_runs import recipe, resume
 from toughen.engine import Trainer, TrainSettings, checkpoint
 from toughen.engine.auto_rate import halvings
-from toughen.errors import InputError
+from toughen.errors import InputError, Notice
 
 
 def run_with(robust, folder, monkeypatch, **settings):
@@ -43,9 +43,10 @@ def test_a_collapsed_run_that_is_cut_before_its_evaluation_does_not_train_again(
     def cut(self):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_evaluate", cut)
-        run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", patch, max_drop=0.25)
+        with pytest.raises(KeyboardInterrupt):
+            run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", patch, max_drop=0.25)
     seen = (tmp_path / "run" / "log.jsonl").read_text()
     run = resume(tmp_path / "run")
     assert run.finished
@@ -88,3 +89,9 @@ def test_the_automatic_schedule_halves_the_rate_and_goes_on_from_the_best_weight
 def test_the_automatic_schedule_needs_a_validation_after_every_epoch():
     with pytest.raises(InputError, match=r"looks at every epoch's validation, but validate_every is 2; set it to 1"):
         TrainSettings(epochs=4, schedule="auto", validate_every=2)
+
+
+def test_a_method_that_never_begins_is_told(tmp_path):
+    wanted = recipe(method=[{"name": "pgd-at"}, {"name": "swa", "start_epoch": 2}], train={"epochs": 2})
+    with pytest.warns(Notice, match=r"SWA never begins: its start_epoch is 2, and train\.epochs 2"):
+        Trainer(wanted, out=tmp_path / "run")

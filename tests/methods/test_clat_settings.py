@@ -55,6 +55,8 @@ def test_labels_are_the_papers_row_labels():
         ((), "the method list is empty; start it with an objective, for example pgd-at"),
         ((PGDAT(), CleanCE()), "clean is an objective and must come first; PGD-AT stands there"),
         ((CLAT(), PGDAT()), "PGD-AT is an objective and must come first; CLAT stands there"),
+        ((PGDAT(), CLAT(k=1), CLAT(k=2)), "CLAT stands twice in the stack; name it once"),
+        ((PGDAT(), CLAT(k=1), CLATPaper(lam=0.1)), "CLAT stands twice in the stack; name it once"),
         ((CLAT(start_epoch=5),), "CLAT stands alone but nothing would train before start_epoch=5"),
         ((CLAT(base="inner"),), r"CLAT \(inner loss\) stands alone but base='inner' has no inner loss"),
     ],

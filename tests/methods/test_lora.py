@@ -212,6 +212,27 @@ def test_the_same_is_so_where_both_begin_in_a_later_epoch():
     assert changed(model, before) == factors(model, *live.selected)
 
 
+def test_clat_chooses_among_the_layers_that_have_something_to_train():
+    model = build("normed")
+    clat = CLAT(k=2, classifier="include", base="inner", lam=0.0)
+    live = bound(model, clat, layers=("conv1", "conv3"))
+    live.epoch_start(0, PROBE)
+    assert set(live.selected) == {"conv1", "conv3"}
+    steps(live, sgd(live))
+    with pytest.raises(InputError, match="clat layer 'conv2' is frozen before CLAT selects it"):
+        bound(build("normed"), ONE, layers=("conv1",)).epoch_start(0, PROBE)
+
+
+def test_a_state_from_before_both_began_lets_the_weights_train_again_under_clat():
+    model = build("normed")
+    live = bound(model, CLAT(k=1, start_epoch=1, base="inner", lam=0.0), start_epoch=1)
+    saved = live.state_dict()
+    live.epoch_start(1, PROBE)
+    live.load_state_dict(saved)
+    assert all(p.requires_grad for p in originals(model).values())
+    assert not any(p.requires_grad for adapter in adapters(model).values() for p in adapter.parameters())
+
+
 def test_averages_hold_the_plain_weights():
     model = build("normed")
     live = bound(model, SWA(norm_stats="copy"))
@@ -240,7 +261,11 @@ def test_behind_it_awp_moves_the_factors():
     assert changed(model, before) == factors(model)
 
 
-@pytest.mark.parametrize("outer", [(), (ONE,), (ONE, SWA(norm_stats="copy"))], ids=["alone", "CLAT", "CLAT + SWA"])
+@pytest.mark.parametrize(
+    "outer",
+    [(), (ONE,), (ONE, SWA(norm_stats="copy")), (ONE, AWP(), EMA())],
+    ids=["alone", "CLAT", "CLAT + SWA", "CLAT + AWP + EMA"],
+)
 def test_a_resumed_run_continues_bit_identically(outer):
     model = build("normed")
     live = bound(model, *outer, classifier="train")

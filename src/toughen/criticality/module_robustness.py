@@ -17,6 +17,7 @@ from toughen.attacks import Attack
 from toughen.attacks.probabilities import at_least_float32
 from toughen.errors import InputError
 from toughen.layers import Layer, map_layers
+from toughen.layers.substitutes import substitutes
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
 from toughen.rng import generator
 from toughen.types import Batches, check_images
@@ -157,7 +158,7 @@ class _Robustness:
         self.model = model
         self.images = images
 
-    def loss(self, moved: Mapping[nn.Parameter, Tensor]) -> float:
+    def loss(self, moved: Mapping[Tensor, Tensor]) -> float:
         """Return R with other tensors in the place of some weights."""
         with torch.no_grad():
             sums = [self._cross_entropy(moved, x, y).double() * len(y) for x, y in self.images]
@@ -181,13 +182,6 @@ class _Robustness:
                 return
             yield loss
 
-    def _cross_entropy(self, moved: Mapping[nn.Parameter, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        # each place of a weight once: torch would leave its substitute in a module that is registered under two names
-        places = {
-            f"{prefix}.{name}" if prefix else name: moved[own]
-            for prefix, module in self.model.named_modules()
-            for name, own in module.named_parameters(recurse=False, remove_duplicate=False)
-            if own in moved
-        }
-        logits: Tensor = functional_call(self.model, places, (x,), tie_weights=False)
+    def _cross_entropy(self, moved: Mapping[Tensor, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits: Tensor = functional_call(self.model, substitutes(self.model, moved), (x,), tie_weights=False)
         return F.cross_entropy(at_least_float32(logits), y)

@@ -1,5 +1,6 @@
 """What a recipe is made of: its network, its batches, and a look at whether they fit each other."""
 
+import warnings
 from copy import deepcopy
 
 import torch
@@ -9,7 +10,7 @@ from toughen import data as datasets
 from toughen import models
 from toughen.data import DataSplits, TrainLoader
 from toughen.engine.recipe import MixtureSettings, ModelSettings, Recipe
-from toughen.errors import InputError
+from toughen.errors import InputError, Notice
 from toughen.methods import Stack
 
 
@@ -23,9 +24,18 @@ def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
     x = next(datasets.in_order(data.train, batch_size=1, device=device)).x
     for member in (recipe, *recipe.branches.values()):
         _check_extra(member.method, data)
+        _tell_what_never_begins(member)
         training_loader(member, data, device)
         # on a copy: binding may attach adapters
         member.method.bind(deepcopy(model), attack=member.attack, seed=member.train.seed).check(x)
+
+
+def _tell_what_never_begins(recipe: Recipe) -> None:
+    for method in recipe.method.methods:
+        start = getattr(method, "start_epoch", 0)
+        if start >= recipe.train.epochs:
+            message = f"{method.label} never begins: its start_epoch is {start}, and train.epochs {recipe.train.epochs}"
+            warnings.warn(message, Notice, stacklevel=2)
 
 
 def _check_extra(method: Stack, data: DataSplits) -> None:

@@ -15,7 +15,7 @@ def make_optimizer(live: Live, settings: TrainSettings) -> torch.optim.Optimizer
     """Make one optimizer over all parameters, whatever is frozen later: a frozen one has no gradient and is skipped."""
     groups: list[dict[str, Any]] = [{"params": live.parameters()}]
     if settings.norm_decay == "exclude":
-        norms = {id(p) for m in live.model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+        norms = _norm_parameters(live)
         groups = [
             {"params": [p for p in live.parameters() if id(p) not in norms]},
             {"params": [p for p in live.parameters() if id(p) in norms], "weight_decay": 0.0},
@@ -32,6 +32,14 @@ def make_optimizer(live: Live, settings: TrainSettings) -> torch.optim.Optimizer
 
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
+
+
+def _norm_parameters(live: Live) -> set[int]:
+    """Scale and shift of the norms, by ``id``, and those that a method trains beside them: their names end alike."""
+    norms = {name: module for name, module in live.model.named_modules() if isinstance(module, NORMS)}
+    ends = tuple(f".{name}.{kind}" for name, norm in norms.items() for kind, _ in norm.named_parameters(recurse=False))
+    own = (parameter for name, parameter in live.own_parameters().items() if f".{name}".endswith(ends))
+    return {id(p) for module in norms.values() for p in module.parameters(recurse=False)} | {id(p) for p in own}
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, live: Live) -> list[str]:

@@ -93,7 +93,7 @@ class TrainSettings:
         epochs: Length of the run, and of the learning-rate schedule.
         batch_size: Images per step; the last, smaller batch of an epoch is dropped.
         optimizer: ``"sgd"`` with momentum, or ``"adamw"``.
-        lr: Initial (cosine, piecewise, constant) or largest (cyclic) learning rate.
+        lr: Initial (cosine, piecewise, auto, constant) or largest (cyclic, onecycle) learning rate.
         momentum: Of SGD.
         nesterov: Whether SGD looks ahead.
         weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).

@@ -69,6 +69,7 @@ class Trainer:
         model: Your own network instead of ``recipe.model``: images in [0, 1] go in, logits come out.
         data: Your own images instead of ``recipe.data``.
         start: A finished run whose last checkpoint this one continues (how branches begin).
+        resume: Whether to go on with the run in ``out``.
         show_progress: Whether to draw a bar in a terminal.
 
     Raises:

@@ -60,6 +60,11 @@ class TrainableSet:
         self._active = True
         self.apply_mode()
 
+    def may_train(self, layer: Layer) -> bool:
+        """Return whether any parameter of a layer would train if it were selected."""
+        asked = {id(p) for name, p in self.model.named_parameters() if self._asked[name]}
+        return any(id(p) in asked for name, p in self._named_parameters() if name in layer.parameters)
+
     def apply_mode(self) -> None:
         """Give batch norm the mode that ``norm_stats`` asks for (after a ``model.train()`` it has another)."""
         if not self._active or self.norm_stats == "update":

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
 from toughen.errors import InputError
+from toughen.layers.substitutes import substitutes
 from toughen.layers.taps import buffers_kept, random_state_kept
 from toughen.methods.wrapper import InnerLoss, LiveWrapper, Wrapper
 from toughen.objectives import METHODS, Live
@@ -32,8 +33,9 @@ class AWP(Wrapper):
 
     The official code makes v with a copy of the network and adds it to the weights in place, here both passes see
     substituted weights and nothing is written. It moves what has "weight" in its name and two dimensions or more, here
-    that is every parameter of two dimensions or more that trains now: position embeddings and low-rank factors too,
-    frozen layers not. Its optimizer steps at the moved weights, so weight decay sees them, which is ``decay`` here.
+    that is every parameter of the model of two dimensions or more that trains now: position embeddings and LoRA's
+    factors too, frozen layers not. Its optimizer steps at the moved weights, so weight decay sees them, which is
+    ``decay`` here.
 
     Args:
         gamma: Length of the step relative to each tensor, >= 0; the paper's values are 0.005 to 0.01.
@@ -110,14 +112,8 @@ class LiveAWP(LiveWrapper):
 
     def _loss_at(self, moved: Mapping[Tensor, Tensor], adv: AdversarialBatch) -> StepOutput:
         """The inner loss with other tensors in the place of some weights."""
-        # each place of a weight once: torch would leave its substitute in a module that is registered under two names
-        places = {
-            f"{prefix}.{name}": moved[w]
-            for prefix, module in self._inner_loss.named_modules()
-            for name, w in module.named_parameters(recurse=False, remove_duplicate=False)
-            if w in moved
-        }
-        output: StepOutput = functional_call(self._inner_loss, places, (adv,), tie_weights=False)
+        tensors = substitutes(self._inner_loss, moved)
+        output: StepOutput = functional_call(self._inner_loss, tensors, (adv,), tie_weights=False)
         return output
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -209,14 +209,15 @@ class LiveCLAT(LiveWrapper):
         Raises:
             InputError: A selection is due and ``probe`` is empty, or ``k`` is larger than the number of layers.
         """
-        super().epoch_start(epoch, probe, optimizer=optimizer)
+        inner = super().epoch_start(epoch, probe, optimizer=optimizer)
         if not self._due(epoch):
-            return None
+            return inner
         images = _first_images(probe, self.settings.probe_size)
         report = self._report(images, epoch)
         draw = generator(self.seed, "select", epoch)
         k = self._num_layers(self._map(images[0]))
-        names = self.settings.rule()(report, k, classifier=self.settings.classifier == "include", generator=draw)
+        choice = self._trainable_rows(report)
+        names = self.settings.rule()(choice, k, classifier=self.settings.classifier == "include", generator=draw)
         self._train_only(names, optimizer)
         if self.first_epoch is None:
             self.first_epoch = epoch
@@ -260,6 +261,18 @@ class LiveCLAT(LiveWrapper):
         layers, options = self._map(images[0]), self.settings.criticality
         return analyze(self.model, [images], attack=self.attack, layers=layers, options=options, seed=seed)
 
+    def _trainable_rows(self, report: CriticalityReport) -> CriticalityReport:
+        """The rows of layers with something to train: frozen neither by the user nor, without adapter, by LoRA."""
+        assert self.layer_map is not None
+        layers, trains = self.layer_map, self._made_set().may_train
+        for name in self.settings.layers:
+            if not trains(layers.by_name(name)):
+                raise InputError(
+                    f"clat layer {name!r} is frozen before CLAT selects it (LoRA freezes layers without an adapter), so"
+                    " nothing would train; name another"
+                )
+        return replace(report, rows=tuple(row for row in report.rows if trains(layers.by_name(row.name))))
+
     def _num_layers(self, layers: LayerMap) -> int:
         if self.settings.k is not None:
             return self.settings.k
@@ -278,15 +291,18 @@ class LiveCLAT(LiveWrapper):
 
     def _select(self, layers: tuple[Layer, ...]) -> None:
         self._layers = layers
+        self._made_set().select(layers)
+        for parameter in self.own_parameters().values():  # they serve layers that are frozen now
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def _made_set(self) -> TrainableSet:
         if self.trainable_set is None:  # only now: what an inner method has frozen for good stays frozen
             settings = self.settings
             self.trainable_set = TrainableSet(
                 self.model, norm_stats=settings.norm_stats, norm_affine=settings.norm_affine
             )
-        self.trainable_set.select(layers)
-        for parameter in self.own_parameters().values():  # they serve layers that are frozen now
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        return self.trainable_set
 
     def _balanced_lam(self, images: tuple[Tensor, Tensor]) -> float:
         """``rho * CE_0 / L_C0`` on the probe."""
@@ -414,6 +430,11 @@ class LiveCLAT(LiveWrapper):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Live.load_state_dict``; freezes what was frozen."""
+        if self.trainable_set is not None:  # a state of before: the inner method says anew what may train
+            self.trainable_set.restore()
+            self.trainable_set = None
+        for parameter in self.own_parameters().values():
+            parameter.requires_grad_(True)
         super().load_state_dict(state)
         self.first_epoch, self.lam = state["first_epoch"], state["lam"]
         layers = tuple(Layer(**{**layer, "parameters": tuple(layer["parameters"])}) for layer in state["selected"])
@@ -421,8 +442,6 @@ class LiveCLAT(LiveWrapper):
             self._select(layers)
         else:
             self._layers = ()
-            if self.trainable_set is not None:
-                self.trainable_set.restore()
 
 
 class _Untrained(Live):

@@ -108,9 +108,7 @@ class LoRA(Wrapper):
         Raises:
             InputError: There is no inner method, a pattern matches no layer, or the model has nothing to adapt.
         """
-        if inner is None:
-            raise InputError(f"LoRA stands alone but {self.needs_inner}; use stack(PGDAT(), LoRA(...))")
-        return LiveLoRA(inner, settings=self, seed=seed)
+        return LiveLoRA(self.around(inner), settings=self, seed=seed)
 
 
 class LiveLoRA(LiveWrapper):

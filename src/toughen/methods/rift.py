@@ -113,9 +113,7 @@ class RiFT(Wrapper):
         Raises:
             InputError: There is no inner method.
         """
-        if inner is None:
-            raise InputError(f"RiFT stands alone but {self.needs_inner}; use stack(PGDAT(), RiFT(...))")
-        return LiveRiFT(inner, settings=self, attack=attack, seed=seed)
+        return LiveRiFT(self.around(inner), settings=self, attack=attack, seed=seed)
 
 
 class LiveRiFT(LiveWrapper):

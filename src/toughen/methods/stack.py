@@ -34,7 +34,7 @@ class Stack:
                     f"{outer.label} is an objective and must come first; {self.methods[0].label} stands there"
                 )
         for number, method in enumerate(self.methods):
-            if any(isinstance(method, type(other)) or isinstance(other, type(method)) for other in self.methods[:number]):
+            if any(_alike(method, other) for other in self.methods[:number]):
                 raise InputError(f"{method.label} stands twice in the stack; name it once")
         first = self.methods[0]
         if not isinstance(first, Objective) and first.needs_inner:
@@ -72,6 +72,11 @@ def _check_pairs(method: Method, inner: Sequence[Method], outer: Sequence[Method
         for other in inner:
             if _is(other, name):
                 raise InputError(f"{method.label} stands behind {other.label}: {reason}; put it before")
+
+
+def _alike(method: Method, other: Method) -> bool:
+    """Whether one is the other or a variant of it, as ``clat-paper`` is of ``clat``."""
+    return isinstance(method, type(other)) or isinstance(other, type(method))
 
 
 def _is(method: Method, name: str) -> bool:
