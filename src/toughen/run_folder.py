@@ -19,7 +19,8 @@ class RunFolder:
 
     ``config.yaml`` the resolved recipe; ``provenance.json`` commit, versions, hardware, command; ``log.jsonl`` one
     object per epoch; ``criticality/epoch_NNNN.json`` a report per selection, named by the epochs done before it;
-    ``checkpoints/last`` and ``checkpoints/best``; ``evals/CHECKPOINT/ATTACK.json``; ``branches/NAME`` runs that
+    ``checkpoints/last`` and ``checkpoints/best``, and ``checkpoints/validated`` where a collapse would go back to it;
+    ``evals/CHECKPOINT/ATTACK.json``; ``branches/NAME`` runs that
     continue this one; ``finished.json`` once it is complete.
     """
 

@@ -48,7 +48,7 @@ def test_the_sources_of_the_contract_are_registered() -> None:
         ({"center": 0.0, "image_size": 8}, "data.center is 0.0; it must be above 0 and at most 1"),
         ({"center": 0.5}, "data.center is 0.5; it has a meaning only with data.image_size"),
         ({"resident_share": 1.5}, "data.resident_share is 1.5; it must be above 0 and at most 1"),
-        ({"storage": "disk"}, "unknown data storage 'disk' Allowed: auto, resident, streamed"),
+        ({"storage": "disk"}, "unknown data storage 'disk'. Allowed: auto, resident, streamed"),
         ({"on_error": "ignore"}, "unknown data on_error 'ignore'"),
         ({"augment": ("flip", "resized_crop")}, "data.augment: resized_crop must come first"),
         ({"split_seed": -1}, "data.split_seed is -1; it must be at least 0"),

@@ -49,7 +49,7 @@ class _Entry:
             raise InputError(f"run {run.path} has no evaluation yet; finish it with `toughen train --resume {path}`")
         self.log = log
         self.method = log[-1]["method"]
-        self.epochs = log[-1]["epoch"]
+        self.epochs = max(found["epoch"] for found in self.last.values())  # a run that collapsed went back
 
     def costs(self) -> tuple[str, str, str]:
         rows = self.log
