@@ -52,8 +52,10 @@ class _L2:
         return self.ascend(direction) * radius * length ** (1.0 / num_pixels)
 
     def ascend(self, gradient: Tensor) -> Tensor:
-        # 1e-12 keeps a sample without gradient where it is, instead of 0/0
-        return gradient / (_length(gradient) + 1e-12)
+        # scaled first: a confident model's gradients are tiny, and their squares underflow; a zero gradient stays zero
+        largest = gradient.abs().flatten(1).amax(dim=1).clamp_min(torch.finfo(gradient.dtype).tiny)
+        scaled = gradient / largest.view(-1, *[1] * (gradient.dim() - 1))
+        return scaled / _length(scaled).clamp_min(1e-12)
 
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
         return delta * (radius / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
