@@ -192,8 +192,8 @@ def test_an_unknown_recipe_names_the_nearest_one():
     ("content", "message"),
     [
         (b"train: [", "not valid YAML"),
-        (b"- 1\n", "is list; it must be a mapping"),
-        (b"", "is NoneType; it must be a mapping"),
+        (b"- 1\n", "is a list; it must be a mapping"),
+        (b"", "is empty; it must be a mapping"),
         (b"\xff\xfe\x00", "not valid YAML|not a text file"),
         (b"train: {epochs: 1}", "the recipe lacks model, data, threat, attack, method"),
     ],

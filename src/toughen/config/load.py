@@ -110,7 +110,8 @@ def _read(name: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict):
-        raise InputError(f"recipe {name} is {type(document).__name__}; it must be a mapping of sections")
+        given = "empty" if document is None else f"a {type(document).__name__}"
+        raise InputError(f"recipe {name} is {given}; it must be a mapping of sections")
     return document
 
 
