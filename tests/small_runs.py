@@ -82,5 +82,13 @@ def outcome(run: RunFolder) -> dict[str, Any]:
         "weights": fingerprints(run),
         "logs": [log(member) for member in members],
         "selections": [member.reports() for member in members],
-        "evaluations": [member.evaluations(name) for member in members for name in ("last", "best")],
+        "evaluations": [timeless(member.evaluations(name)) for member in members for name in ("last", "best")],
     }
+
+
+def timeless(evaluations: dict[str, Any]) -> dict[str, Any]:
+    """Evaluations without the time that they took."""
+    for found in evaluations.values():
+        for stage in found["stages"]:
+            del stage["seconds"]
+    return evaluations

@@ -15,14 +15,14 @@ import pytest
 import torch
 from PIL import Image
 
-from small_runs import SHRINK, clat, fingerprints, outcome, recipe, train
+from small_runs import SHRINK, clat, fingerprints, outcome, recipe, timeless, train
 from toughen import PGD, ThreatModel, Trainer, analyze, data, evaluate, models
 from toughen.cli import main
 from toughen.errors import InputError
 from toughen.evaluation import parse_attack
 from toughen.run_folder import RunFolder
 
-VERBS = ("train", "analyze", "evaluate", "compare", "list")
+VERBS = ("train", "analyze", "evaluate", "transfer", "compare", "list")
 DIGITS = [*SHRINK, "train.epochs=2", "branch_epoch=1"]
 
 
@@ -132,7 +132,7 @@ def test_the_example_of_each_help_is_accepted(toughen, capsys, monkeypatch, tmp_
         words = found[1].split()
         if verb == "train":
             words += [*SHRINK, "--dry-run"]
-        if verb == "evaluate":
+        if verb in ("evaluate", "transfer"):
             words += ["--samples", "10"]
         assert toughen(*words).status == 0, words
 
@@ -151,7 +151,7 @@ def test_the_default_run_prints_the_selected_layers_and_both_continuations(tough
         [line] = [line for line in table.splitlines() if re.match(rf"\W*{name} +PGD", line)]
         for attack in ("clean", "pgd-20"):
             figures = [100 * member.evaluations(which)[attack]["accuracy"] for which in ("last", "best")]
-            assert f"{figures[0]:.1f} ({figures[1]:.1f})" in line
+            assert re.search(rf"{figures[0]:.1f} ±\d+\.\d \({figures[1]:.1f}\)", line)
         assert f"{100 * member.log()[-1]['trainable_share']:.1f} %" in line
     for file in ("training.png", "branches/clat/criticality.png"):
         with Image.open(run.path / file) as drawn:
@@ -353,6 +353,112 @@ def test_an_evaluation_repeats_the_figures_of_the_run(toughen, own):
     assert {key: after[key] for key in ("accuracy", "correct", "settings", "n")} == {
         key: before[key] for key in ("accuracy", "correct", "settings", "n")
     }
+
+
+def test_what_was_measured_is_not_measured_again_unless_asked(toughen, own):
+    (own.evals("last") / "pgd-2.json").unlink()
+    first = toughen("evaluate", own.path, "--attacks", "pgd-2")
+    assert "measured before" not in first.err
+    again = toughen("evaluate", own.path, "--attacks", "pgd-2")
+    assert "pgd-2: as measured before" in again.err
+    assert "--again repeats it" in again.err
+    assert again.out == first.out
+    assert "measured before" not in toughen("evaluate", own.path, "--attacks", "pgd-2", "--again").err
+
+
+def test_results_of_any_target_are_kept_where_asked(toughen, tmp_path):
+    words = ["evaluate", "small_cnn", "--width", "2", "--samples", "10", "--attacks", "clean,pgd-2", "--out", tmp_path]
+    assert toughen(*words).status == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["clean.json", "pgd-2.json"]
+    assert "as measured before" in toughen(*words).err
+    assert "as measured before" not in toughen(*words, "--seed", "1").err
+
+
+def test_repeats_give_mean_spread_and_the_worst_case_of_each_sample(toughen, own):
+    words = ["evaluate", own.path, "--attacks", "pgd-1:eps=0.3", "--repeats", "3", "--json", own.path / "out.json"]
+    said = toughen(*words)
+    repeats = json.loads((own.path / "out.json").read_text())["repeats"]
+    found = [repeat["pgd-1:eps=0.3"] for repeat in repeats]
+    assert [one["seed"] for one in found] == [0, 1, 2]
+    worst = [min(column) for column in zip(*(one["correct"] for one in found), strict=True)]
+    mean = sum(one["accuracy"] for one in found) / 3
+    assert f"{100 * mean:.2f} (" in said.out
+    assert f"{100 * sum(worst) / 40:.2f} %" in said.out
+
+
+def test_a_strength_curve_is_one_evaluation_for_each_value(toughen, own):
+    words = ["evaluate", own.path, "--attacks", "clean,pgd-3", "--over", "eps=0,0.1,0.3"]
+    said = toughen(*words, "--plot", own.path / "curve.png", "--json", own.path / "out.json")
+    found = json.loads((own.path / "out.json").read_text())
+    assert list(found) == ["clean", "pgd-3:eps=0", "pgd-3:eps=0.1", "pgd-3:eps=0.3"]
+    assert found["pgd-3:eps=0"]["correct"] == found["clean"]["correct"]
+    assert found["pgd-3:eps=0.3"]["accuracy"] <= found["pgd-3:eps=0.1"]["accuracy"] <= found["clean"]["accuracy"]
+    with Image.open(own.path / "curve.png") as drawn:
+        assert drawn.format == "PNG"
+    assert said.out.count("pgd-3:eps") == 3
+    assert set(own.evaluations("last")) == {"clean", "pgd-2"}  # a curve is no result of the run's own
+
+
+def test_accuracies_of_each_class_are_shown_on_request(toughen, own):
+    said = toughen("evaluate", own.path, "--attacks", "clean", "--per-class")
+    stored = own.evaluations("last")["clean"]
+    one = stored["label"][0]
+    found = [right for right, label in zip(stored["correct"], stored["label"], strict=True) if label == one]
+    assert re.search(rf"{one} +\W+ +{len(found)} +\W+ +{100 * sum(found) / len(found):.1f}", said.out)
+
+
+def test_flags_of_sanity_checks_are_printed_and_stored(toughen, own):
+    said = toughen("evaluate", own.path, "--attacks", "pgd-2", "--again")
+    flags = own.evaluations("last")["pgd-2"]["flags"]
+    assert ("sanity checks: nothing seen" in said.out) == (not flags)
+    for flag in flags:
+        assert flag["check"] in said.out
+
+
+def test_every_target_attacks_every_other_one(toughen, refused, own, tmp_path):
+    branches = [own.branch("pgd-at").path, own.branch("clat").path]
+    said = toughen(
+        "transfer", *branches, "--attacks", "pgd-2", "--json", tmp_path / "t.json", "--plot", tmp_path / "t.png"
+    )
+    assert said.status == 0
+    found = json.loads((tmp_path / "t.json").read_text())["pgd-2"]
+    assert (found["names"], found["n"]) == (["pgd-at", "clat"], 40)
+    for row in found["accuracy"]:
+        for value in row:
+            assert f"{100 * value:.1f}" in said.out
+    with Image.open(tmp_path / "t.png") as drawn:
+        assert drawn.format == "PNG"
+    refused(["transfer", branches[0], branches[0]], "named twice")
+    refused(["transfer", *branches, "--attacks", "clean"], "an attack other than clean")
+    refused(["transfer", branches[0], "small_cnn"], "small_cnn", "different t")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--plot", "a.png"], "say over what with --over"),
+        (["--over", "eps"], "--over is 'eps'; write KEY=VALUE"),
+        (["--over", "eps=1", "--attacks", "clean"], "--attacks names none but clean"),
+        (["--attacks", "pgd-2:steps=x"], "pgd-2:steps=x"),
+        (["--attacks", "standard:queries=3"], "'standard' is a fixed suite"),
+    ],
+)
+def test_wrong_options_of_an_evaluation_are_refused(refused, words, expected):
+    refused(["evaluate", "small_cnn", "--samples", "5", *words], expected)
+
+
+def test_two_processes_find_what_one_finds(own, tmp_path):
+    """Each attacks every other batch; the results are those of one process."""
+    words = ["-m", "toughen", "evaluate", own.path, "--attacks", "pgd-3:restarts=2", "--batch-size", "7", "--json"]
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
+    for file, before in zip(files, ([], [*launch, "--rdzv-endpoint", "localhost:0"]), strict=True):
+        command = [sys.executable, *before, *map(str, words), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert done.stdout.count("sanity") == 1
+    one, two = (timeless(json.loads(file.read_text())) for file in files)
+    assert one == two
 
 
 def test_the_best_checkpoint_is_evaluated_on_request(toughen, own):

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,16 +129,21 @@ class RunFolder:
         """Store the criticality report of a selection that was made after ``epoch`` epochs."""
         write_text(self.path / "criticality" / f"epoch_{epoch:04d}.json", json.dumps(report, indent=1) + "\n")
 
+    def evals(self, checkpoint: str) -> Path:
+        """The folder of the evaluations of a checkpoint."""
+        return self.path / "evals" / checkpoint
+
     def evaluations(self, checkpoint: str) -> dict[str, dict[str, Any]]:
-        """Read the evaluations of a checkpoint, by attack."""
-        files = sorted((self.path / "evals" / checkpoint).glob("*.json"))
-        return {file.stem: _parsed(file.read_text(), file) for file in files}
+        """Read the complete evaluations of a checkpoint, by attack."""
+        files = sorted(self.evals(checkpoint).glob("*.json"))
+        results = {file: _parsed(file.read_text(), file) for file in files}
+        return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
 
     def write_evaluation(self, checkpoint: str, attack: str, result: Mapping[str, Any]) -> None:
         """Store one evaluation of a checkpoint."""
-        folder = self.path / "evals" / checkpoint
+        folder = self.evals(checkpoint)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{attack}.json", json.dumps(result) + "\n")
+        write_text(folder / f"{file_name(attack)}.json", json.dumps(result) + "\n")
 
     def write_finished(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as complete."""
@@ -171,6 +177,11 @@ def _parsed(text: str, file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} is damaged: it holds no JSON object")
     return content
+
+
+def file_name(text: str) -> str:
+    """Return a name for a file that says what ``text`` says, on every file system."""
+    return re.sub(r"[^\w.=+-]+", "_", text)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -50,7 +50,9 @@ class Pictures(Dataset[Any]):
 
 
 def levels(images: Any) -> list[int]:
-    return [int(level) for level in (next(in_order(images, batch_size=99, device="cpu")).x[:, 0, 0, 0] * 255).round()]
+    return [
+        int(level) for level in (next(iter(in_order(images, batch_size=99, device="cpu"))).x[:, 0, 0, 0] * 255).round()
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])

@@ -110,9 +110,9 @@ def test_the_middle_of_a_picture_is_kept_not_squeezed(tmp_path: Path) -> None:
     for path in root.glob("test/*/*.png"):
         Image.fromarray(wide).save(path)
     for storage in ("resident", "streamed"):
-        batch = next(in_order(splits(root, storage=storage).test, batch_size=2, device="cpu"))
+        batch = next(iter(in_order(splits(root, storage=storage).test, batch_size=2, device="cpu")))
         assert (batch.x * 255).round().unique().tolist() == [200]
-    half = next(in_order(splits(root, image_size=4, center=0.5).test, batch_size=2, device="cpu"))
+    half = next(iter(in_order(splits(root, image_size=4, center=0.5).test, batch_size=2, device="cpu")))
     assert half.x.shape[-2:] == (4, 4)
 
 
@@ -212,7 +212,7 @@ def test_large_jpegs_are_decoded_at_a_fraction_and_look_the_same(tmp_path: Path)
     for path in root.glob("test/*/*.png"):
         smooth.save(path.with_suffix(".jpg"), quality=95)
         path.unlink()
-    found = next(in_order(splits(root, image_size=20).test, batch_size=1, device="cpu")).x[0]
+    found = next(iter(in_order(splits(root, image_size=20).test, batch_size=1, device="cpu"))).x[0]
     buffer = io.BytesIO()
     smooth.save(buffer, format="jpeg", quality=95)
     whole = Image.open(buffer).resize((20, 20), Image.Resampling.BOX)

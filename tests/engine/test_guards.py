@@ -1,7 +1,7 @@
 import pytest
 
 from small_runs import recipe, resume
-from toughen.engine import Trainer, TrainSettings, checkpoint
+from toughen.engine import Interrupted, Trainer, TrainSettings, checkpoint
 from toughen.engine.auto_rate import halvings
 from toughen.errors import InputError, Notice
 
@@ -45,7 +45,7 @@ def test_a_collapsed_run_that_is_cut_before_its_evaluation_does_not_train_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_evaluate", cut)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", patch, max_drop=0.25)
     seen = (tmp_path / "run" / "log.jsonl").read_text()
     run = resume(tmp_path / "run")

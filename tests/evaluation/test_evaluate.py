@@ -1,11 +1,13 @@
+import json
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from as_found import disturb, left_as_found
-from toughen import PGD, ThreatModel
+from toughen import PGD, Batch, ThreatModel
 from toughen.errors import InputError
-from toughen.evaluation import EvalAttack, attack_names, evaluate, parse_attack
+from toughen.evaluation import Attacked, EvalAttack, EvalResult, evaluate, parse_attack
 from zoo import ZOO, build, images
 
 THREAT = ThreatModel(eps=0.1)
@@ -127,11 +129,15 @@ def test_plain_values_hold_totals_settings_and_every_sample():
     assert content["settings"]["threat"]["eps"] == 0.1
 
 
-def test_progress_is_told_after_each_batch():
-    told: list[int] = []
+def test_progress_tells_the_attack_the_samples_done_and_those_to_do():
+    told: list[tuple[str, int, int]] = []
     x, y = images(5)
-    evaluate(noisy_model(), [(x[:2], y[:2]), (x[2:], y[2:])], [CLEAN], progress=told.append)
-    assert told == [2, 5]
+    model = noisy_model()
+    y = model.eval()(x).argmax(dim=1)
+    evaluate(
+        model, [(x[:2], y[:2]), (x[2:], y[2:])], [CLEAN, pgd(1)], sanity=False, progress=lambda *now: told.append(now)
+    )
+    assert told == [("pgd-1", 0, 5), ("pgd-1", 2, 5), ("pgd-1", 4, 5), ("pgd-1", 5, 5)]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -167,26 +173,6 @@ def test_two_attacks_of_one_name_are_refused():
         evaluate(build("nested"), [images(4)], [pgd(2), pgd(2)])
 
 
-@pytest.mark.parametrize("name", attack_names())
-def test_every_listed_name_is_an_attack(name):
-    attack = parse_attack(name, threat=THREAT, step_size=0.01)
-    assert attack.name == name
-    if attack.attack is not None:
-        assert attack.attack.threat == THREAT
-
-
-@pytest.mark.parametrize("name", ["pgd", "pgd-0", "pgd-", "pgd--1", "pgd-1.5", "pgd-007x", "PGD-10", "", "autoatack"])
-def test_any_other_name_is_refused_with_what_there_is(name):
-    with pytest.raises(InputError, match=rf"unknown attack '{name}'.*clean, fgsm.*any K in pgd-K"):
-        parse_attack(name, threat=THREAT, step_size=0.01)
-
-
-def test_any_number_of_steps_is_a_name():
-    attack = parse_attack("pgd-37", threat=THREAT, step_size=0.01).attack
-    assert isinstance(attack, PGD)
-    assert (attack.steps, attack.step_size) == (37, 0.01)
-
-
 def test_a_sample_whose_logits_are_not_numbers_counts_as_fallen():
     class Broken(nn.Module):
         def forward(self, x):
@@ -194,3 +180,117 @@ def test_a_sample_whose_logits_are_not_numbers_counts_as_fallen():
 
     x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
     assert evaluate(Broken(), [(x, y)], [EvalAttack("clean", None)])["clean"].accuracy == 0
+
+
+class Falling:
+    """A search that turns the images at these levels black, if it meets them, and remembers what it was shown."""
+
+    def __init__(self, *levels: float) -> None:
+        self.levels, self.shown = levels, []
+
+    def __call__(self, model, x, y, *, generator):
+        self.shown.append([round(float(image.mean()), 2) for image in x])
+        black = torch.tensor([any(abs(float(image.mean()) - level) < 1e-3 for level in self.levels) for image in x])
+        # whatever the label: the other side of the decision
+        other = (1 - y.float())[:, None, None, None].expand_as(x)
+        return torch.where(black[:, None, None, None], other, x)
+
+
+@pytest.fixture
+def plain_settings(monkeypatch):
+    monkeypatch.setattr(EvalAttack, "settings", lambda self: {name: "a test's own" for name, _ in self.stages})
+
+
+def many(levels: list[float]) -> tuple[Tensor, Tensor]:
+    column = torch.tensor(levels)
+    return column[:, None, None, None].expand(len(levels), 1, 2, 2).clone(), (column > 0.5).long()
+
+
+def test_each_stage_of_a_suite_meets_in_full_batches_what_still_stands(plain_settings):
+    x, y = many([0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8])
+    first, second, third = Falling(0.2, 0.6), Falling(0.1), Falling()
+    suite = EvalAttack("suite", (("a", first), ("b", second), ("c", third)))
+    result = evaluate(Brightness(), [(x[:3], y[:3]), (x[3:], y[3:])], [suite], batch_size=2, sanity=False)["suite"]
+    assert first.shown == [[0.1, 0.2], [0.3, 0.4], [0.6, 0.7], [0.8]]
+    assert second.shown == [[0.1, 0.3], [0.4, 0.7], [0.8]]
+    assert third.shown == [[0.3, 0.4], [0.7, 0.8]]
+    assert result.fell == ("b", "a", None, None, "a", None, None)
+    assert [(stage.name, stage.attacked, stage.fell) for stage in result.stages] == [
+        ("a", 7, 2),
+        ("b", 5, 1),
+        ("c", 4, 0),
+    ]
+    assert result.accuracy == pytest.approx(4 / 7)
+
+
+def test_loss_and_distance_are_those_of_the_point_that_broke_the_sample():
+    result = evaluate(Brightness(), greys(), [pgd(20)], sanity=False)["pgd-20"]
+    model = Brightness()
+    assert result.fell == (None, "pgd-20", "pgd-20", "clean")
+    worst = [LEVELS[0] + 0.1, LEVELS[1] + 0.1, LEVELS[2] - 0.1, LEVELS[3]]
+    for level, label, loss, distance in zip(worst, LABELS, result.loss, result.distance, strict=True):
+        logits = model(torch.full((1, 1, 2, 2), float(level))).detach()
+        assert loss == pytest.approx(float(nn.functional.cross_entropy(logits, label[None])), rel=1e-4)
+        assert distance == pytest.approx(0.0 if label == 0 and level > 0.8 else 0.1, rel=1e-4)
+
+
+def test_an_image_outside_the_ball_does_not_count(plain_settings):
+    class Far(Falling):
+        threat = ThreatModel(eps=0.3)
+
+    x, y = many([0.25, 0.4, 0.9])
+    result = evaluate(Brightness(), [(x, y)], [EvalAttack("far", Far(0.25, 0.4, 0.9))], sanity=False)["far"]
+    assert result.correct == (True, True, True)
+
+
+def test_an_attack_that_leaves_the_image_box_is_refused(plain_settings):
+    def outside(model, x, y, *, generator):
+        return x + 2
+
+    with pytest.raises(InputError, match=r"attack 'outside' returned pixels that are not in \[0, 1\]"):
+        evaluate(Brightness(), greys(), [EvalAttack("outside", outside)])
+
+
+def test_passes_are_counted_per_image():
+    result = evaluate(Brightness(), greys(), [pgd(5)], sanity=False)["pgd-5"]
+    (stage,) = result.stages
+    # three images stand: five gradients each, and one more look at what came out
+    assert (stage.attacked, stage.forwards, stage.backwards) == (3, 3 * 6, 3 * 5)
+
+
+def test_images_that_can_be_iterated_only_once_are_enough():
+    once = ((x, y) for x, y in greys())
+    assert evaluate(Brightness(), once, [pgd()])["pgd-5"].correct == (True, False, False, False)
+
+
+def test_who_listens_sees_every_attacked_image_also_the_wrong_ones_if_asked():
+    for attack_all, expected in ((False, [0, 1, 2]), (True, [0, 1, 2, 3])):
+        seen: list[Attacked] = []
+        evaluate(Brightness(), greys(), [pgd()], attack_all=attack_all, on_attacked=seen.append, sanity=False)
+        assert torch.cat([chunk.where for chunk in seen]).tolist() == expected
+        assert torch.cat([chunk.broke for chunk in seen]).tolist()[:3] == [False, True, True]
+        assert float((seen[0].x_adv - greys()[0][0][expected]).abs().max()) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_accuracy_by_class_counts_each_class_alone():
+    result = evaluate(Brightness(), greys(), [CLEAN])["clean"]
+    assert result.per_class() == {0: (2 / 3, 3), 1: (1.0, 1)}
+
+
+def test_a_batch_that_knows_its_place_tells_it():
+    x, y = greys()[0]
+    result = evaluate(Brightness(), [Batch(x, y, torch.tensor([7, 5, 3, 1]))], [CLEAN])["clean"]
+    assert result.index == (7, 5, 3, 1)
+
+
+def test_a_result_survives_the_way_through_json():
+    result = evaluate(Brightness(), greys(), [pgd()], seed=2)["pgd-5"]
+    assert EvalResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_a_sample_that_an_attack_loses_among_numbers_that_are_none_is_judged_by_its_image(plain_settings):
+    def lost(model, x, y, *, generator):
+        return torch.full_like(x, float("nan"))
+
+    result = evaluate(Brightness(), greys(), [EvalAttack("lost", lost)], sanity=False)["lost"]
+    assert result.correct == (True, True, True, False)

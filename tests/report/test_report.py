@@ -6,53 +6,22 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
+from written_runs import make, make_family, result, row
 
 from toughen.errors import InputError
-from toughen.report import comparison_table, plot_criticality, plot_report, plot_training
+from toughen.report import compare_runs, comparison_tables, plot_criticality, plot_report, plot_training
+from toughen.report.tables import accuracy_table
 from toughen.run_folder import RunFolder
-
-SETTINGS = {"threat": {"norm": "linf", "eps": 0.1}, "steps": 20}
-
-
-def result(accuracy: float, *, n: int = 1000, settings: Any = None, images: str = "digits") -> dict[str, Any]:
-    facts = {"accuracy": accuracy, "n": n, "settings": settings or {}, "seed": 0, "correct": []}
-    return {**facts, "epoch": 3, "images_sha256": images}
-
-
-def row(epoch: int, **changes: Any) -> dict[str, Any]:
-    return {
-        "epoch": epoch,
-        "method": "PGD-AT",
-        "seconds": 2.0,
-        "trainable_share": 1.0,
-        "gflops_per_image": 3.0,
-        "pgd_at_gflops_per_image": 3.0,
-        "validation": {"clean": 0.1 * epoch, "robust": 0.05 * epoch, "n": 20},
-        **changes,
-    }
-
-
-def make(path: Path, *, data: str = "digits", branches: tuple[str, ...] = (), **accuracies: float) -> RunFolder:
-    """A run folder written by hand; no training, no torch."""
-    config = {"data": {"name": data}, "threat": {"norm": "linf", "eps": 0.1}, "branches": dict.fromkeys(branches)}
-    run = RunFolder.create(path, config, {})
-    run.write_log([row(1, seconds=9.0), row(2), row(3)])
-    figures = {"clean": 0.812, "clean_best": 0.823, "pgd": 0.434, "pgd_best": 0.445, **accuracies}
-    for checkpoint, suffix in (("last", ""), ("best", "_best")):
-        clean, pgd = figures[f"clean{suffix}"], figures[f"pgd{suffix}"]
-        run.write_evaluation(checkpoint, "clean", result(clean, images=data))
-        run.write_evaluation(checkpoint, "pgd-20", result(pgd, settings=SETTINGS, images=data))
-    return run
 
 
 def shown(*runs: RunFolder) -> str:
     text = StringIO()
-    Console(file=text, width=200).print(comparison_table(runs))
+    Console(file=text, width=200).print(comparison_tables(compare_runs(runs)))
     return text.getvalue()
 
 
 def cells(*runs: RunFolder) -> dict[str, list[str]]:
-    table = comparison_table(runs)
+    table = accuracy_table(compare_runs(runs))
     columns = [list(column.cells) for column in table.columns]
     return {row[0]: list(row[1:]) for row in zip(*columns, strict=True)}
 
@@ -67,7 +36,7 @@ def report(selected: str) -> dict[str, Any]:
 
 def test_the_table_holds_the_numbers_of_the_files(tmp_path):
     found = cells(make(tmp_path / "run"))
-    assert found == {"run": ["PGD-AT", "3", "81.2 (82.3)", "43.4 (44.5)", "100.0 %", "2.00", "1.00"]}
+    assert found == {"run": ["PGD-AT", "3", "81.2 ±2.5 (82.3)", "43.4 ±3.1 (44.5)", "100.0 %", "2.00", "1.00"]}
 
 
 def test_costs_are_the_median_time_and_the_mean_operations_relative_to_pgd_at(tmp_path):
@@ -91,68 +60,73 @@ def test_branches_follow_their_run_in_the_order_of_the_recipe(tmp_path):
     assert [row[3].split()[0] for row in found.values()] == ["43.4", "40.0", "50.0"]
 
 
-def test_the_table_says_how_many_images_the_threat_model_and_the_standard_error(tmp_path):
+def test_the_tables_say_how_many_images_the_threat_model_and_the_interval(tmp_path):
     text = " ".join(shown(make(tmp_path / "run")).split())
     assert "1000 test images" in text
     assert "linf, eps 0.1" in text
-    assert "up to 1.6 points" in text  # 50 / sqrt(1000)
+    assert "95 % Wilson interval" in text
 
 
-@pytest.mark.parametrize(
-    "unlike",
-    [
-        result(0.3, settings={**SETTINGS, "steps": 10}),
-        result(0.3, settings={**SETTINGS, "threat": {"norm": "linf", "eps": 0.2}}),
-    ],
-    ids=["steps", "eps"],
-)
-@pytest.mark.parametrize("checkpoint", ["last", "best"])
-def test_runs_that_were_not_evaluated_alike_are_refused(tmp_path, unlike, checkpoint):
-    first, second = make(tmp_path / "first"), make(tmp_path / "second")
-    second.write_evaluation(checkpoint, "pgd-20", unlike)
-    with pytest.raises(InputError, match=r"second.*not evaluated alike \(pgd-20"):
-        comparison_table([first, second])
+def test_an_attack_with_other_images_says_how_many(tmp_path):
+    run = make(tmp_path / "run")
+    run.write_evaluation("last", "standard", result(0.4, n=50, images="first 50"))
+    table = accuracy_table(compare_runs([run]))
+    assert [str(column.header) for column in table.columns[3:6]] == [
+        "clean (n 1000)",
+        "pgd-20 (n 1000)",
+        "standard (n 50)",
+    ]
 
 
-def test_runs_on_different_data_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"second and first were evaluated on different test images .*cifar10"):
-        comparison_table([make(tmp_path / "first"), make(tmp_path / "second", data="cifar10")])
+def test_an_attack_on_the_last_checkpoint_alone_has_no_figure_for_the_best(tmp_path):
+    run = make(tmp_path / "run")
+    run.write_evaluation("last", "pgd-50", result(0.4))
+    assert cells(run)["run"][3:5] == ["43.4 ±3.1 (44.5)", "40.0 ±3.1"]
 
 
-def test_runs_for_different_threat_models_are_refused_even_if_only_clean_images_are_common(tmp_path):
-    first, second = make(tmp_path / "first"), make(tmp_path / "second")
-    config = {**second.config(), "threat": {"norm": "l2", "eps": 0.1}}
-    second.config_file.write_text(json.dumps(config))
-    with pytest.raises(InputError, match="second and first were trained for different threat models"):
-        comparison_table([first, second])
+def test_seeds_share_a_row_with_mean_and_extremes(tmp_path):
+    found = cells(*(make(tmp_path / f"run-{seed}", seed=seed, pgd=0.4 + 0.02 * seed) for seed in range(3)))
+    assert list(found) == ["run (3 seeds)"]
+    assert found["run (3 seeds)"][3] == "42.0 [40.0-44.0] (44.5)"
 
 
-def test_an_attack_that_only_one_checkpoint_met_does_not_spoil_the_table(tmp_path):
-    first, second = make(tmp_path / "first"), make(tmp_path / "second")
-    first.write_evaluation("last", "pgd-50", result(0.2))
-    assert cells(first, second) == cells(make(tmp_path / "x" / "first"), make(tmp_path / "x" / "second"))
+def test_differences_stand_below_with_their_interval_and_p_value(tmp_path):
+    run = make_family(tmp_path / "run", base=0.434, clat=0.404)
+    text = " ".join(shown(run).split())
+    assert "differences on the same 1000 test images" in text
+    # 30 images that base alone gets right
+    assert "run/clat run/base images +0.0 [ -0.4, +0.4] p 1.000 -3.0 [ -4.3, -2.1] p<0.001" in text
+    assert "exact McNemar" in text
+    assert "Student" not in text
 
 
-def test_runs_without_an_attack_in_common_are_refused(tmp_path):
-    first, second = make(tmp_path / "first"), make(tmp_path / "second")
-    for checkpoint in ("last", "best"):
-        for attack in ("clean", "pgd-20"):
-            (second.path / "evals" / checkpoint / f"{attack}.json").rename(
-                second.path / "evals" / checkpoint / f"{attack}-other.json"
-            )
-    with pytest.raises(InputError, match=r"no attack in common"):
-        comparison_table([first, second])
+def test_differences_over_seeds_have_an_interval_only_where_seeds_differ(tmp_path):
+    runs = [make_family(tmp_path / f"run-{seed}", seed=seed, base=0.43, clat=0.40 + 0.01 * seed) for seed in (0, 1)]
+    text = " ".join(shown(*runs).split())
+    assert "run/clat run/base 2 seeds +0.0 [equal by seed] -2.5 [ -8.9, +3.9]" in text
+    assert "Student" in text
+    assert "McNemar" not in text
 
 
-def test_a_run_without_evaluation_is_refused_with_the_command_that_finishes_it(tmp_path):
-    run = RunFolder.create(tmp_path / "run", {"data": {"name": "digits"}}, {})
-    with pytest.raises(InputError, match=r"no evaluation yet; finish it with `toughen train --resume .*run`"):
-        comparison_table([run])
+def test_rows_without_a_seed_in_common_say_so(tmp_path):
+    runs = [make(tmp_path / f"run-{seed}", seed=seed) for seed in (0, 1)]
+    text = " ".join(shown(*runs, make(tmp_path / "other", seed=2, recipe="other")).split())
+    assert "other run no seed in common - -" in text
+
+
+def test_one_seed_in_common_is_named_and_compared_by_images(tmp_path):
+    runs = [make(tmp_path / f"run-{seed}", seed=seed, pgd=0.4 + 0.1 * seed) for seed in (0, 1)]
+    text = " ".join(shown(*runs, make(tmp_path / "other", seed=1, recipe="other", pgd=0.5)).split())
+    assert "other run images, seed 1 +0.0 [ -0.4, +0.4] p 1.000 +0.0 [ -0.4, +0.4] p 1.000" in text
+
+
+def test_names_in_brackets_are_shown_as_they_are(tmp_path):
+    assert "run[bold]" in shown(make(tmp_path / "run[bold]"))
 
 
 def test_nothing_to_compare_is_refused():
     with pytest.raises(InputError, match="nothing to compare"):
-        comparison_table([])
+        compare_runs([])
 
 
 @pytest.mark.parametrize("file", ["evals/last/clean.json", "log.jsonl", "criticality/epoch_0001.json"])

@@ -78,17 +78,38 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
 
     evaluate_ = verb(
         "evaluate",
-        "Measure clean and attacked accuracy on test images.",
+        "Measure clean and attacked accuracy on test images, sample by sample.",
         "toughen evaluate small_cnn --attacks clean,pgd-20",
     )
     _add_target(evaluate_)
-    evaluate_.add_argument("--attacks", default="clean,pgd-20", metavar="NAME,NAME", help="default: %(default)s")
-    evaluate_.add_argument("--samples", type=int, metavar="N", help="first N test images (default: all)")
-    evaluate_.add_argument("--batch-size", type=int, help="(default: the run's, or 250)")
-    evaluate_.add_argument("--json", metavar="FILE", help="write the outcome of every sample")
+    _add_attack_options(evaluate_, default="clean,pgd-20")
+    evaluate_.add_argument("--out", metavar="DIR", help="keep results there as they come, and go on from what is there")
+    evaluate_.add_argument("--again", action="store_true", help="repeat what was measured before")
+    evaluate_.add_argument(
+        "--repeats", type=int, default=1, metavar="N", help="with N seeds: mean, spread, worst of all"
+    )
+    evaluate_.add_argument(
+        "--over", metavar="KEY=V,V,...", help="each attack with each value: eps=2/255,4/255, steps=1,5"
+    )
+    evaluate_.add_argument("--plot", metavar="FILE", help="draw accuracy over the values of --over (.png, .pdf, .svg)")
+    evaluate_.add_argument("--per-class", action="store_true", help="also the accuracy of each class")
+
+    transfer = verb(
+        "transfer",
+        "Black-box attacks: let every model attack every other one.",
+        "toughen transfer small_cnn resnet18 --attacks pgd-10 --samples 50",
+    )
+    transfer.add_argument("targets", nargs="+", metavar="TARGET", help="run folders, or model specs")
+    _add_target_options(transfer)
+    _add_attack_options(transfer, default="pgd-20")
+    transfer.add_argument("--plot", metavar="FILE", help="draw the matrix (.png, .pdf, .svg)")
 
     compare = verb("compare", "Put runs side by side.", "toughen compare runs/small_cnn-digits")
-    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="the first is what the others are compared with")
+    compare.add_argument(
+        "--each", action="store_true", help="a row for each run (default: one for runs that differ in train.seed alone)"
+    )
+    compare.add_argument("--json", metavar="FILE", help="write all figures, with their intervals")
 
     list_ = verb("list", "List what there is by name.", "toughen list layers resnet18")
     list_.add_argument(
@@ -102,6 +123,15 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     )
     _add_target_options(list_)
     return parser
+
+
+def _add_attack_options(parser: Parser, *, default: str) -> None:
+    parser.add_argument(
+        "--attacks", default=default, metavar="NAME,NAME", help="see `toughen list attacks` (default: %(default)s)"
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help="first N test images (default: all)")
+    parser.add_argument("--batch-size", type=int, help="(default: the run's, or 250)")
+    parser.add_argument("--json", metavar="FILE", help="write the outcome of every sample")
 
 
 def _add_target(parser: Parser) -> None:

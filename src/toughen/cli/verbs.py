@@ -13,19 +13,20 @@ from torch import nn
 from toughen import data, models
 from toughen.attacks import PGD
 from toughen.cli.console import err, note, out
+from toughen.cli.evaluating import run_evaluate, run_transfer
+from toughen.cli.files import check_output, write, write_plot
 from toughen.cli.target import check_samples, find_target
 from toughen.config import ATTACKS, load_recipe, recipe_names, resolve
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS
 from toughen.data import AUGMENTS, DATASETS, DataSplits
 from toughen.engine import Interrupted, Trainer, check_methods, create_model
-from toughen.engine.progress import sample_progress
 from toughen.errors import InputError
-from toughen.evaluation import attack_names, evaluate, parse_attack, store
+from toughen.evaluation import attack_names
 from toughen.layers import map_layers
 from toughen.objectives import METHODS, Objective
-from toughen.report import comparison_table, plot_criticality, plot_report, plot_training
-from toughen.run_folder import RunFolder, write_text
+from toughen.report import compare_runs, comparison_tables, plot_criticality, plot_report, plot_training
+from toughen.run_folder import RunFolder
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -69,14 +70,14 @@ def _show(run: RunFolder) -> None:
         if member.reports():
             plot_criticality(member, member.path / "criticality.png")
     plot_training(run, run.path / "training.png")
-    out.print(comparison_table([run]))
+    out.print(comparison_tables(compare_runs([run])))
     plots = ", ".join(sorted(str(file) for file in run.path.rglob("*.png")))
     err.print(f"plots: {plots}", highlight=False, soft_wrap=True)
 
 
 def _analyze(options: argparse.Namespace) -> None:
-    _check_output(options.json)
-    _check_output(options.plot, ".png", ".pdf", ".svg")
+    check_output(options.json)
+    check_output(options.plot, ".png", ".pdf", ".svg")
     target = find_target(options)
     criticality = CriticalityOptions(
         norm=options.weakness_norm,
@@ -98,50 +99,18 @@ def _analyze(options: argparse.Namespace) -> None:
     for line in report.notes:
         print(f"note: {line}")
     if options.json:
-        _write(options.json, report.to_json())
+        write(options.json, report.to_json())
     if options.plot:
-        try:
-            plot_report(report.to_dict(), Path(options.plot))
-        except (OSError, ValueError) as error:
-            raise InputError(f"can't write plot {options.plot}: {error}") from None
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    _check_output(options.json)
-    target = find_target(options)
-    names = options.attacks.split(",")
-    attacks = [parse_attack(name, threat=target.threat, step_size=target.step_size) for name in names]
-    images = target.splits.test
-    samples = options.samples
-    if samples is None and target.run is not None and options.data is None:
-        samples = target.run.config()["evaluate"]["samples"]
-    if samples is not None:
-        check_samples(samples, len(images), "test")
-        images = images.subset(slice(samples))
-    batch_size = target.batch_size if options.batch_size is None else options.batch_size
-    with sample_progress(len(images)) as progress:
-        batches = data.in_order(images, batch_size=batch_size, device="cpu")
-        results = evaluate(target.model, batches, attacks, seed=target.seed, progress=progress)
-    changed = ("data", "samples", "eps", "norm", "step_size", "seed", "batch_size")
-    if target.run is not None and all(getattr(options, name) is None for name in changed):
-        # measured otherwise, it must not replace the run's own results
-        store(target.run, results, checkpoint=options.checkpoint or "last", epoch=target.epoch, images=images)
-    target.say_remark()
-    threat = f"{target.threat.norm} eps {target.threat.eps:.4g}, step size {target.step_size:.4g}"
-    num_seen = next(iter(results.values())).n
-    if num_seen < len(images):
-        note(f"skipped {len(images) - num_seen} test images that cannot be decoded")
-    out.print(f"{options.target}, {num_seen} test images of {target.splits.name}, {threat}:", highlight=False)
-    table = Table("attack", "accuracy")
-    for result in results.values():
-        table.add_row(result.attack, f"{100 * result.accuracy:.2f} %")
-    out.print(table)
-    if options.json:
-        _write(options.json, json.dumps({name: result.to_dict() for name, result in results.items()}))
+        write_plot(options.plot, lambda file: plot_report(report.to_dict(), file))
 
 
 def _compare(options: argparse.Namespace) -> None:
-    out.print(comparison_table([RunFolder.open(Path(run)) for run in options.runs]))
+    check_output(options.json)
+    runs = [RunFolder.open(Path(run)) for run in options.runs]
+    comparison = compare_runs(runs, seeds="each" if options.each else "folded")
+    out.print(comparison_tables(comparison))
+    if options.json:
+        write(options.json, json.dumps(comparison.to_dict()))
 
 
 def _list(options: argparse.Namespace) -> None:
@@ -170,7 +139,7 @@ def _list(options: argparse.Namespace) -> None:
 
 
 def _print_layers(model: nn.Module, splits: DataSplits) -> None:
-    example = next(data.in_order(splits.train, batch_size=1, device=next(model.parameters()).device)).x
+    example = next(iter(data.in_order(splits.train, batch_size=1, device=next(model.parameters()).device))).x
     layers = map_layers(model, example)
     table = Table(title=f"layers of {type(model).__name__} on {splits.name}, in order of execution")
     for title in ("layer", "name", "parameters", "features", "calls"):
@@ -183,22 +152,11 @@ def _print_layers(model: nn.Module, splits: DataSplits) -> None:
         print(f"note: {line}")
 
 
-def _check_output(file: str | None, *suffixes: str) -> None:
-    """Refuse a file that could not be written, before the work that would fill it."""
-    if file is None:
-        return
-    path = Path(file)
-    if not path.parent.is_dir():
-        raise InputError(f"can't write {file}: there is no folder {path.parent}")
-    if suffixes and path.suffix not in suffixes:
-        raise InputError(f"can't write {file}: its name must end in {', '.join(suffixes)}")
-
-
-def _write(file: str, text: str) -> None:
-    try:
-        write_text(Path(file), text + "\n")
-    except OSError as error:
-        raise InputError(f"can't write {file}: {error.strerror}") from None
-
-
-VERBS = {"train": _train, "analyze": _analyze, "evaluate": _evaluate, "compare": _compare, "list": _list}
+VERBS = {
+    "train": _train,
+    "analyze": _analyze,
+    "evaluate": run_evaluate,
+    "transfer": run_transfer,
+    "compare": _compare,
+    "list": _list,
+}

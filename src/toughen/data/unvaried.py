@@ -1,6 +1,7 @@
 """Batches of images as they are: in order, or a random few."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,13 +13,34 @@ from toughen.errors import InputError
 from toughen.types import Batch
 
 
-def in_order(images: Images, *, batch_size: int, device: torch.device | str) -> Iterator[Batch]:
-    """Iterate over all images as they are, in their order; the last batch may be smaller.
+@dataclass(frozen=True)
+class InOrder:
+    """All images as they are, in their order, as often as it is iterated; the last batch may be smaller.
+
+    Args:
+        images: What to show.
+        batch_size: Images in a batch.
+        device: Where the batches are wanted.
 
     Raises:
         InputError: ``batch_size`` is below 1.
     """
-    return _batches(images, torch.arange(len(images)), batch_size, device)
+
+    images: Images
+    batch_size: int
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; it must be at least 1")
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _batches(self.images, torch.arange(len(self.images)), self.batch_size, self.device)
+
+
+def in_order(images: Images, *, batch_size: int, device: torch.device | str) -> InOrder:
+    """Return the batches of all images, see ``InOrder``."""
+    return InOrder(images, batch_size, device)
 
 
 def probe(

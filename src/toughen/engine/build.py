@@ -21,7 +21,7 @@ def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
         InputError: Names the setting, for example a ``k`` above the number of layers.
     """
     device = next(model.parameters()).device
-    x = next(datasets.in_order(data.train, batch_size=1, device=device)).x
+    x = next(iter(datasets.in_order(data.train, batch_size=1, device=device))).x
     for member in (recipe, *recipe.branches.values()):
         _check_extra(member.method, data)
         _tell_what_never_begins(member)

@@ -5,7 +5,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 console = Console(stderr=True)
 
@@ -50,19 +58,26 @@ def epoch_progress(title: str, *, total: int, show: bool) -> Iterator[EpochProgr
 
 
 @contextmanager
-def sample_progress(total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that is told how many samples are done, and draws a bar in a terminal."""
+def attack_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that is told the attack, the samples done and those to do; it draws bars in a terminal."""
     with Progress(
-        TextColumn("evaluating"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
     ) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda done: bar.update(task, completed=done)
+        tasks: dict[str, TaskID] = {}
+
+        def tell(attack: str, done: int, total: int) -> None:
+            if attack not in tasks:
+                tasks[attack] = bar.add_task(attack, total=total)
+            bar.update(tasks[attack], completed=done, total=total)
+
+        yield tell
 
 
 def epoch_status(log: list[dict[str, Any]]) -> str:

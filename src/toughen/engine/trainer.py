@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -26,13 +26,14 @@ from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import pick_device, pick_precision
 from toughen.engine.flops import flops_per_image
 from toughen.engine.optim import continue_momentum, make_optimizer, parameter_names
-from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, epoch_status, sample_progress
+from toughen.engine.progress import EpochProgress, attack_progress, epoch_line, epoch_progress, epoch_status
 from toughen.engine.provenance import provenance
 from toughen.engine.recipe import Recipe
 from toughen.errors import InputError
-from toughen.evaluation import EvalAttack, evaluate, parse_attack, store
+from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
 from toughen.layers.taps import random_state_kept
 from toughen.objectives import PGDAT
+from toughen.processes import sigterm_interrupts
 from toughen.rng import stream_seed
 from toughen.run_folder import RunFolder
 from toughen.types import Batch
@@ -164,7 +165,11 @@ class Trainer:
             if self._stop_asked:
                 raise Interrupted
         self.live.release()
-        self._evaluate()
+        try:
+            with sigterm_interrupts():
+                self._evaluate()
+        except KeyboardInterrupt:
+            raise Interrupted from None
         for name, recipe in self.recipe.branches.items():
             folder = self.folder.branch(name)
             Trainer(
@@ -366,7 +371,7 @@ class Trainer:
         """Clean and robust accuracy on the held-out part of the training data, with the attack of the run."""
         attacks = [EvalAttack("clean", None), EvalAttack("robust", self.recipe.attack)]
         network = self.live.deployed()
-        results = evaluate(network, self._batches(self.data.validation), attacks, seed=self.settings.seed)
+        results = evaluate(network, self._batches(self.data.validation), attacks, seed=self.settings.seed, sanity=False)
         return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
 
     def _evaluate(self) -> None:
@@ -376,16 +381,18 @@ class Trainer:
         images = self.data.test.subset(slice(wanted.samples))
         for name in ("best", "last"):
             state = checkpoint.load(self.folder.checkpoints / name, self.model)
-            stored = self.folder.evaluations(name)
-            if all(attack.name in stored and stored[attack.name]["epoch"] == state["epoch"] for attack in attacks):
-                continue
-            with sample_progress(len(images)) as progress:
-                results = evaluate(
-                    self.model, self._batches(images), attacks, seed=self.settings.seed, progress=progress
+            facts = {"checkpoint": name, "epoch": state["epoch"], **facts_of(self.model, images)}
+            with attack_progress() as progress:
+                evaluate(
+                    self.model,
+                    self._batches(images),
+                    attacks,
+                    seed=self.settings.seed,
+                    journal=Journal(self.folder.evals(name), facts),
+                    progress=progress,
                 )
-            store(self.folder, results, checkpoint=name, epoch=state["epoch"], images=images)
 
-    def _batches(self, images: Images) -> Iterator[Batch]:
+    def _batches(self, images: Images) -> Iterable[Batch]:
         return datasets.in_order(images, batch_size=self.recipe.test_batch_size, device=self.device)
 
     # -- stopping and resuming --------------------------------------------------------------------

@@ -1,6 +1,16 @@
 """What runs have to tell: tables and figures, read from run folders alone. Knows no torch."""
 
-from toughen.report.figures import plot_criticality, plot_report, plot_training
-from toughen.report.tables import comparison_table
+from toughen.report.comparison import Comparison, compare_runs
+from toughen.report.figures import plot_criticality, plot_report, plot_strength, plot_training, plot_transfer
+from toughen.report.tables import comparison_tables
 
-__all__ = ["comparison_table", "plot_criticality", "plot_report", "plot_training"]
+__all__ = [
+    "Comparison",
+    "compare_runs",
+    "comparison_tables",
+    "plot_criticality",
+    "plot_report",
+    "plot_strength",
+    "plot_training",
+    "plot_transfer",
+]

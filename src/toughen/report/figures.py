@@ -1,13 +1,16 @@
 """The figures of a run as PNG files: criticality of each layer over time, accuracies over epochs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from toughen.run_folder import RunFolder
+from toughen.statistics import wilson_interval
 
 
 def plot_training(run: RunFolder, file: Path) -> None:
@@ -58,6 +61,54 @@ def plot_report(report: Mapping[str, Any], file: Path) -> None:
     _bars(right, rows, "shape_ratio", "shapes alone: N(i-1) / N(i)")
     left.set_yticks(range(len(rows)), [f"{row['name']}  {row['index']}" for row in rows], fontsize=8)
     left.invert_yaxis()
+    figure.savefig(file, dpi=120)
+
+
+def plot_strength(points: Mapping[str, tuple[float, int]], key: str, file: Path) -> None:
+    """Draw accuracy over the strength of an attack, with 95 % intervals (Figure 4).
+
+    Args:
+        points: Accuracy and number of samples by the attack's name, as in ``pgd-20:eps=4/255``; one curve for each name
+            without the setting. A name without settings (clean images) is a level line.
+        key: The setting that varies.
+        file: Where to.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[float, float, float, float]]] = {}
+    for name, (accuracy, n) in points.items():
+        base, found, value = name.rpartition(f":{key}=")
+        interval = wilson_interval(round(accuracy * n), n)
+        if found:
+            below, above = accuracy - interval.low, interval.high - accuracy
+            row = (float(Fraction(value)), 100 * accuracy, 100 * below, 100 * above)
+            curves.setdefault(base, []).append(row)
+        else:
+            axes.axhline(100 * accuracy, linestyle="--", color="grey", label=name)
+    for base, rows in curves.items():
+        values, accuracies, *errors = zip(*sorted(rows), strict=True)
+        axes.errorbar(values, accuracies, yerr=errors, marker="o", capsize=3, label=base)
+    axes.set(xlabel=key, ylabel="accuracy (%), with 95 % intervals", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def plot_transfer(matrices: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw transfer matrices side by side: rows attack, columns are attacked (Tables 3 and 4)."""
+    names = matrices[0]["names"]
+    size = 2.5 + 0.9 * len(names)
+    figure = Figure(figsize=(size * len(matrices), size), layout="constrained")
+    for axes, matrix in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True):
+        image = axes.imshow(100 * np.array(matrix["accuracy"]), vmin=0, vmax=100, cmap="viridis")
+        for i, row in enumerate(matrix["accuracy"]):
+            for j, value in enumerate(row):
+                color = "black" if value > 0.5 else "white"
+                axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", color=color)
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel="shown to", ylabel="made on", title=f"{matrix['attack']}: accuracy (%), n = {matrix['n']}")
+        figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(file, dpi=120)
 
 

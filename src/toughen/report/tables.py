@@ -1,103 +1,143 @@
-"""The comparison of runs as a table: what each reached on test images, and what it cost."""
-
-from collections.abc import Iterable, Iterator
-from typing import Any
+"""The comparison of runs as tables: what each reached on test images and at what cost, and how they differ."""
 
 from rich import box
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
-from toughen.errors import InputError
-from toughen.run_folder import RunFolder
+from toughen.report.comparison import Comparison, Contrast, Difference
+from toughen.report.rows import Row
+from toughen.statistics import CONFIDENCE, Interval
+
+PERCENT = round(100 * CONFIDENCE)
 
 
-def comparison_table(runs: Iterable[RunFolder]) -> Table:
-    """Put runs side by side, each followed by its branches; the last and the best checkpoint of each.
+def comparison_tables(comparison: Comparison) -> Group:
+    """Return the table of accuracies and, where there are any to tell, that of the differences."""
+    tables = [accuracy_table(comparison)]
+    if comparison.differences:
+        tables.append(difference_table(comparison))
+    return Group(*tables)
+
+
+def accuracy_table(comparison: Comparison) -> Table:
+    """Put the rows below one another: the last and the best checkpoint of each, and what its own epochs cost.
 
     "Best" is the epoch with the highest robust validation accuracy; test images choose nothing.
-
-    Raises:
-        InputError: A run has no evaluation yet, or the runs were evaluated with different attacks or images.
     """
-    entries = [entry for run in runs for entry in _family(run)]
-    attacks = _common_attacks(entries)
-    n = entries[0].last[attacks[0]]["n"]
-    title = f"accuracy on {n} test images, percent: last epoch (best on validation)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("run", no_wrap=True)
+    title = f"accuracy on {_images(comparison)}, percent: last epoch (best on validation)"
+    table = _table(title, _accuracy_caption(comparison))
     table.add_column("method", min_width=9)
-    for column in ("epochs", *attacks, "trained", "s/epoch", "FLOPs"):
-        table.add_column(column, justify="right")
-    for entry in entries:
-        cells = [f"{_percent(entry.last[a])} ({_percent(entry.best[a])})" for a in attacks]
-        table.add_row(entry.name, entry.method, str(entry.epochs), *cells, *entry.costs())
-    table.caption = (
-        f"{_threat(entries[0])}. FLOPs: of one training step, relative to a PGD-AT step of the same attack. "
-        f"Standard error of an accuracy: up to {50 / n**0.5:.1f} points."
-    )
+    for column in ("epochs", *_headings(comparison), "trained", "s/epoch", "FLOPs"):
+        table.add_column(escape(column), justify="right")
+    for row in comparison.rows:
+        accuracies = [_accuracy(row, attack) for attack in comparison.attacks]
+        costs = f"{100 * row.trained:.1f} %", f"{row.seconds:.2f}", f"{row.flops:.2f}"
+        table.add_row(*map(escape, (_title(row), row.method, _epochs(row), *accuracies, *costs)))
     return table
 
 
-class _Entry:
-    """One row: a run with its evaluations and the cost of its own epochs (median seconds, mean operations)."""
-
-    def __init__(self, run: RunFolder, name: str, log: list[dict[str, Any]]) -> None:
-        self.name = name
-        self.config = run.config()
-        self.last, self.best = run.evaluations("last"), run.evaluations("best")
-        if not self.last or not self.best or not log:
-            path = (run.parent_run or run).path
-            raise InputError(f"run {run.path} has no evaluation yet; finish it with `toughen train --resume {path}`")
-        self.log = log
-        self.method = log[-1]["method"]
-        self.epochs = max(found["epoch"] for found in self.last.values())  # a run that collapsed went back
-
-    def costs(self) -> tuple[str, str, str]:
-        rows = self.log
-        seconds = sorted(row["seconds"] for row in rows)[len(rows) // 2]
-        flops = sum(row["gflops_per_image"] / row["pgd_at_gflops_per_image"] for row in rows) / len(rows)
-        return f"{100 * rows[-1]['trainable_share']:.1f} %", f"{seconds:.2f}", f"{flops:.2f}"
+def difference_table(comparison: Comparison) -> Table:
+    """Say how rows differ from what they are naturally compared with, at the last epoch."""
+    title = f"differences on the same {_images(comparison)}, points of accuracy, last epoch"
+    table = _table(title, _difference_caption(comparison))
+    table.add_column("against", no_wrap=True)
+    table.add_column("paired by")
+    for column in _headings(comparison):
+        table.add_column(escape(column), justify="right")
+    for difference in comparison.differences:
+        cells = [_contrast(difference.attacks.get(attack)) for attack in comparison.attacks]
+        names = difference.row.name, difference.against.name
+        table.add_row(*map(escape, (*names, _pairing(difference), *cells)))
+    return table
 
 
-def _family(run: RunFolder) -> Iterator[_Entry]:
-    name = run.path.name or str(run.path)
-    yield _Entry(run, name, run.log())
-    for branch in run.branches():
-        yield _Entry(branch, f"{name}/{branch.path.name}", branch.log())
+def _table(title: str, caption: str) -> Table:
+    table = Table(title=title, caption=escape(caption), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    return table
 
 
-def _common_attacks(entries: list[_Entry]) -> list[str]:
-    """The attacks that every checkpoint has met; refuses runs that are not alike."""
-    if not entries:
-        raise InputError("nothing to compare: give at least one run folder")
-    first = entries[0]
-    attacks = [name for name in first.last if all(name in entry.last and name in entry.best for entry in entries)]
-    if not attacks:
-        raise InputError("the runs have no attack in common; evaluate all with the same `toughen evaluate` call")
-    for entry in entries:
-        for attack in attacks:
-            result, others = first.last[attack], (entry.last[attack], entry.best[attack])
-            if any(other["images_sha256"] != result["images_sha256"] for other in others):
-                raise InputError(
-                    f"{entry.name} and {first.name} were evaluated on different test images "
-                    f"(n {others[0]['n']} of {entry.config['data']['name']}, n {result['n']} of "
-                    f"{first.config['data']['name']}); compare them apart"
-                )
-            if any(other["settings"] != result["settings"] for other in others):
-                raise InputError(
-                    f"{entry.name} and {first.name} were not evaluated alike ({attack}: other threat model or "
-                    "settings); evaluate both with the same `toughen evaluate` call"
-                )
-        if entry.config["threat"] != first.config["threat"]:
-            raise InputError(
-                f"{entry.name} and {first.name} were trained for different threat models; compare them apart"
-            )
-    return attacks
+def _title(row: Row) -> str:
+    return f"{row.name} ({len(row.networks)} seeds)" if len(row.networks) > 1 else row.name
 
 
-def _percent(result: dict[str, Any]) -> str:
-    return f"{100 * result['accuracy']:.1f}"
+def _epochs(row: Row) -> str:
+    found = sorted({network.epochs for network in row.networks})
+    return "-".join(str(epochs) for epochs in dict.fromkeys((found[0], found[-1])))
 
 
-def _threat(entry: _Entry) -> str:
-    threat = entry.config["threat"]
-    return f"{threat.get('norm', 'linf')}, eps {threat['eps']:.4g}, data {entry.config['data']['name']}"
+def _accuracy(row: Row, attack: str) -> str:
+    last, best = row.accuracy(attack), row.accuracy(attack, "best")
+    assert last is not None, "an attack in common"
+    seeds = last.seeds
+    if len(seeds.values) > 1:
+        chance = f"[{100 * seeds.least:.1f}-{100 * seeds.most:.1f}]"
+    else:
+        chance = f"±{100 * last.intervals[0].reach(seeds.mean):.1f}"
+    return f"{100 * seeds.mean:.1f} {chance}" + ("" if best is None else f" ({100 * best.seeds.mean:.1f})")
+
+
+def _pairing(difference: Difference) -> str:
+    seeds = difference.seeds
+    if not seeds:
+        return "no seed in common"
+    if len(seeds) > 1:
+        return f"{len(seeds)} seeds"
+    folded = max(len(difference.row.networks), len(difference.against.networks)) > 1
+    return f"images, seed {seeds[0]}" if folded else "images"
+
+
+def _contrast(contrast: Contrast | None) -> str:
+    if contrast is None:
+        return "-"
+    if len(contrast.networks) == 1:
+        pair = contrast.networks[0]
+        p = f"p {pair.p_value:.3f}" if pair.p_value >= 0.001 else "p<0.001"
+        return f"{100 * pair.difference:+.1f} {_points(pair.interval)} {p}"
+    return f"{100 * contrast.seeds.mean:+.1f} {_points(contrast.seeds.interval)}"
+
+
+def _points(interval: Interval | None) -> str:
+    if interval is None:
+        return "[equal by seed]"
+    return f"[{100 * interval.low:+5.1f}, {100 * interval.high:+5.1f}]"
+
+
+def _images(comparison: Comparison) -> str:
+    found = set(comparison.num_images.values())
+    return f"{found.pop()} test images" if len(found) == 1 else "test images"
+
+
+def _headings(comparison: Comparison) -> list[str]:
+    """The attacks, with their numbers of images where these differ."""
+    images = comparison.num_images
+    return [attack if len(set(images.values())) == 1 else f"{attack} (n {n})" for attack, n in images.items()]
+
+
+def _accuracy_caption(comparison: Comparison) -> str:
+    config = comparison.first.config
+    threat = config["threat"]
+    sentences = [f"{threat.get('norm', 'linf')}, eps {threat['eps']:.4g}, data {config['data']['name']}."]
+    if any(len(row.networks) == 1 for row in comparison.rows):
+        sentences.append(f"±: {PERCENT} % Wilson interval, its farther end.")
+    if any(len(row.networks) > 1 for row in comparison.rows):
+        sentences.append("Several seeds: mean [least-most].")
+    sentences.append("FLOPs: of one training step, relative to a PGD-AT step of the same attack.")
+    if comparison.left_out:
+        sentences.append(f"Not met by all: {', '.join(comparison.left_out)}.")
+    return " ".join(sentences)
+
+
+def _difference_caption(comparison: Comparison) -> str:
+    numbers = {len(difference.seeds) for difference in comparison.differences}
+    sentences = [f"[{PERCENT} % interval]."]
+    if 1 in numbers:
+        sentences.append(
+            "Paired by images: Tango's interval, p of the exact McNemar test; about the two networks, "
+            "not about the methods that made them."
+        )
+    if max(numbers) > 1:
+        sentences.append("Paired by seeds: Student's t; about the methods, on these images.")
+    sentences.append("Not corrected for the number of comparisons.")
+    return " ".join(sentences)

@@ -1,0 +1,34 @@
+"""The files that a verb is asked to write: refused before the work when they could not be written after it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from toughen.errors import InputError
+from toughen.run_folder import write_text
+
+
+def check_output(file: str | None, *suffixes: str) -> None:
+    """Refuse a file that could not be written, before the work that would fill it."""
+    if file is None:
+        return
+    path = Path(file)
+    if not path.parent.is_dir():
+        raise InputError(f"can't write {file}: there is no folder {path.parent}")
+    if suffixes and path.suffix not in suffixes:
+        raise InputError(f"can't write {file}: its name must end in {', '.join(suffixes)}")
+
+
+def write(file: str, text: str) -> None:
+    """Write a text file."""
+    try:
+        write_text(Path(file), text + "\n")
+    except OSError as error:
+        raise InputError(f"can't write {file}: {error.strerror}") from None
+
+
+def write_plot(file: str, plot: Callable[[Path], None]) -> None:
+    """Let ``plot`` draw into a file."""
+    try:
+        plot(Path(file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't write plot {file}: {error}") from None

@@ -1,0 +1,86 @@
+"""Where the outcomes of an evaluation are kept while they come in, so that nothing is lost and nothing done twice."""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from toughen.data import Images
+from toughen.errors import InputError
+from toughen.evaluation.outcomes import EvalResult
+from toughen.run_folder import file_name, write_text
+
+_SECONDS = 10.0  # between two writes of an unfinished attack: a SIGKILL loses no more
+
+
+@dataclass
+class Journal:
+    """One file for each attack in a folder, whole at every moment.
+
+    A file is taken up again when everything that decides its outcomes is as it was: facts, settings, seed, batch size
+    and versions. Otherwise it is replaced.
+
+    Args:
+        folder: Made when needed.
+        facts: What tells this evaluation from others, as plain values: checksums of the weights and the images.
+        again: Repeat what is complete already.
+    """
+
+    folder: Path
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    again: bool = False
+    reused: list[str] = field(default_factory=list, init=False)
+    _written: float = field(default=0.0, init=False)
+
+    def find(self, empty: EvalResult) -> EvalResult | None:
+        """Return what is known of an attack, of which ``empty`` tells everything but the outcomes.
+
+        Raises:
+            InputError: The file can't be read.
+        """
+        file = self._file(empty.attack)
+        if not file.is_file():
+            return None
+        try:
+            found = EvalResult.from_dict(json.loads(file.read_text()))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{file} is damaged ({error}); delete it to measure {empty.attack} anew") from None
+        if _identity(found) != _identity(empty) or (found.complete and self.again):
+            return None
+        if found.complete:
+            self.reused.append(found.attack)
+        return found
+
+    def due(self) -> bool:
+        """Whether enough time has passed to write once more."""
+        return time.monotonic() - self._written > _SECONDS
+
+    def write(self, result: EvalResult) -> None:
+        """Replace the file of this attack."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self._file(result.attack), json.dumps(result.to_dict()) + "\n")
+        self._written = time.monotonic()
+
+    def _file(self, attack: str) -> Path:
+        return self.folder / f"{file_name(attack)}.json"
+
+
+def facts_of(model: nn.Module, images: Images) -> dict[str, Any]:
+    """Return the checksums (SHA-256) that tell what was measured: of the weights and buffers, and of the images."""
+    weights = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        weights.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return {"images_sha256": images.digest(), "weights_sha256": weights.hexdigest()}
+
+
+def _identity(result: EvalResult) -> list[Any]:
+    """Everything on which outcomes depend, in the form that JSON gives back."""
+    parts = (result.facts, result.settings, result.seed, result.batch_size, result.attack_all, result.versions)
+    return list(json.loads(json.dumps(parts, default=dict)))

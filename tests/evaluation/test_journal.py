@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from toughen import PGD, ThreatModel
+from toughen.errors import InputError
+from toughen.evaluation import EvalAttack, Journal, evaluate, parse_attack
+from zoo import build, images
+
+THREAT = ThreatModel(eps=0.03)
+
+
+def suite(stop_at: int | None = None, calls: list[int] | None = None) -> EvalAttack:
+    """Three PGD stages; the call of this number is interrupted."""
+    count = [] if calls is None else calls
+
+    class Stopping(PGD):
+        def __call__(self, *given, **options):
+            if len(count) == stop_at:
+                raise KeyboardInterrupt
+            count.append(1)
+            return super().__call__(*given, **options)
+
+    return EvalAttack("suite", tuple((f"s{i}", Stopping(THREAT, step_size=0.01, steps=2)) for i in range(3)))
+
+
+@pytest.fixture(scope="module")
+def victim():
+    model = build("nested").eval()
+    x, _ = images(17, seed=3)
+    return model, [(x, model(x).argmax(dim=1))]
+
+
+def without_time(file: Path) -> dict:
+    content = json.loads(file.read_text())
+    for stage in content["stages"]:
+        stage.pop("seconds")
+    return content
+
+
+@pytest.mark.parametrize("stop_at", range(10))
+def test_an_interrupted_evaluation_goes_on_to_the_same_file(tmp_path, victim, stop_at):
+    model, batches = victim
+    whole = Journal(tmp_path / "whole", {"weights": "w"})
+    evaluate(model, batches, [suite()], batch_size=5, journal=whole)
+
+    cut = Journal(tmp_path / "cut", {"weights": "w"})
+    calls: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, batches, [suite(stop_at, calls)], batch_size=5, journal=cut)
+    evaluate(model, batches, [suite(None, calls)], batch_size=5, journal=cut)
+    assert without_time(tmp_path / "cut" / "suite.json") == without_time(tmp_path / "whole" / "suite.json")
+    fresh: list[int] = []
+    evaluate(model, batches, [suite(None, fresh)], batch_size=5)
+    assert len(calls) == len(fresh)  # nothing was attacked twice
+
+
+def test_what_is_complete_is_not_measured_again_unless_asked(tmp_path, victim):
+    model, batches = victim
+    calls: list[int] = []
+    first = evaluate(model, batches, [suite(None, calls)], journal=Journal(tmp_path))
+    done = len(calls)
+    journal = Journal(tmp_path)
+    assert evaluate(model, batches, [suite(None, calls)], journal=journal) == first
+    assert (len(calls), journal.reused) == (done, ["suite"])
+    evaluate(model, batches, [suite(None, calls)], journal=Journal(tmp_path, again=True))
+    assert len(calls) == 2 * done
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"batch_size": 3}, {"attack_all": True}, {"journal": {"weights": "other"}}], ids=str
+)
+def test_what_was_measured_otherwise_is_measured_anew(tmp_path, victim, change):
+    model, batches = victim
+    calls: list[int] = []
+    evaluate(model, batches, [suite(None, calls)], journal=Journal(tmp_path))
+    done = len(calls)
+    facts = change.pop("journal", {})
+    evaluate(model, batches, [suite(None, calls)], journal=Journal(tmp_path, facts), **change)
+    assert len(calls) > done
+
+
+def test_a_file_says_whether_it_is_complete_and_what_decided_it(tmp_path, victim):
+    model, batches = victim
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, batches, [suite(2)], batch_size=5, journal=Journal(tmp_path, {"weights_sha256": "w"}))
+    assert json.loads((tmp_path / "suite.json").read_text())["complete"] is False
+    evaluate(model, batches, [suite()], batch_size=5, journal=Journal(tmp_path, {"weights_sha256": "w"}))
+    content = json.loads((tmp_path / "suite.json").read_text())
+    assert content["complete"] is True
+    assert (content["weights_sha256"], content["seed"], content["batch_size"]) == ("w", 0, 5)
+    assert content["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert content["settings"]["s0"]["threat"]["eps"] == 0.03
+
+
+def test_a_name_with_a_fraction_is_a_file(tmp_path, victim):
+    model, batches = victim
+    attack = parse_attack("pgd-1:eps=2/255", threat=THREAT, step_size=0.01)
+    evaluate(model, batches, [attack], journal=Journal(tmp_path))
+    assert [file.name for file in tmp_path.iterdir()] == ["pgd-1_eps=2_255.json"]
+
+
+def test_a_damaged_file_is_named(tmp_path, victim):
+    model, batches = victim
+    (tmp_path / "suite.json").write_text("{")
+    with pytest.raises(InputError, match=r"suite\.json is damaged .*delete it"):
+        evaluate(model, batches, [suite()], journal=Journal(tmp_path))
