@@ -168,7 +168,7 @@ Counted on ResNet-18 with 32x32 images, PGD of 10 steps, each method at its defa
   where it grows with their number (ATTA: one byte for each value of each image; Free-AT: one batch).
 
 What is due once an epoch is not in the table: a selection of CLAT (one attack and one forward on 100 images), the
-re-estimation of SWA (one forward of all training images), the accuracy that AutoLoRa measures, RiFT's ranking of all
+re-estimation of SWA (one forward of all training images), the accuracy that AutoLoRA measures, RiFT's ranking of all
 layers (once a run).
 
 """

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from small_runs import PGD_AT, recipe
-from toughen import PGD, PGDAT, TWINS, AutoLoRa, ThreatModel, stack
+from toughen import PGD, PGDAT, TWINS, AutoLoRA, ThreatModel, stack
 from toughen.engine import Trainer, TrainSettings, checkpoint
 from toughen.engine.optim import make_optimizer
 from toughen.run_folder import RunFolder
@@ -30,7 +30,7 @@ def test_decay_spares_the_batch_norm_that_a_method_trains_beside_the_network():
     pgd = PGD(ThreatModel(eps=0.1), step_size=0.05, steps=1)
     settings = TrainSettings(epochs=1, norm_decay="exclude")
     counts = []
-    for methods in ([PGDAT(), TWINS()], [AutoLoRa(rank=2)]):
+    for methods in ([PGDAT(), TWINS()], [AutoLoRA(rank=2)]):
         groups = make_optimizer(stack(*methods).bind(model, attack=pgd), settings).param_groups
         counts.append([len(group["params"]) for group in groups])
     assert counts == [[4, 4], [6, 2]]  # the frozen net's scale and shift too; the factors of an adapter are no norm

@@ -13,7 +13,7 @@ from toughen.attacks import PGD
 from toughen.errors import InputError
 from toughen.layers.low_rank import adapters, originals
 from toughen.methods import AWP, CLAT, EMA, SWA, LoRA, RiFT, stack
-from toughen.objectives import METHODS, PGDAT, AutoLoRa
+from toughen.objectives import METHODS, PGDAT, AutoLoRA
 from toughen.types import Batch, ThreatModel
 from zoo import build, images
 
@@ -349,7 +349,7 @@ def test_it_stands_before_what_needs_its_adapters_or_averages_them(outer):
 
 def test_it_does_not_go_with_other_tunings_of_the_same_weights():
     with pytest.raises(InputError, match=r"AutoLoRA does not go with LoRA|LoRA does not go with AutoLoRA"):
-        stack(AutoLoRa(), LoRA())
+        stack(AutoLoRA(), LoRA())
     with pytest.raises(InputError, match="LoRA does not go with RiFT"):
         stack(PGDAT(), LoRA(), RiFT())
 

@@ -14,7 +14,7 @@ from toughen.criticality.module_robustness import module_robustness
 from toughen.errors import InputError
 from toughen.methods import AWP, CLAT, EMA, SWA, TWINS, LoRA, RiFT, stack
 from toughen.methods.interpolation import Interpolation, interpolated, measure_path
-from toughen.objectives import METHODS, PGDAT, AutoLoRa, CleanCE
+from toughen.objectives import METHODS, PGDAT, AutoLoRA, CleanCE
 from toughen.rng import generator, stream_seed
 from toughen.types import ThreatModel
 from zoo import build, images
@@ -354,7 +354,7 @@ def test_it_does_not_go_with_what_deploys_another_network_or_trains_other_weight
 
 def test_it_does_not_go_with_autolora():
     with pytest.raises(InputError, match="RiFT does not go with AutoLoRA"):
-        stack(AutoLoRa(), RiFT())
+        stack(AutoLoRA(), RiFT())
 
 
 @pytest.mark.parametrize("outer", [CLAT(k=1, start_epoch=2), AWP()])

@@ -1,4 +1,4 @@
-"""AutoLoRa: the loss of its two branches by hand, what each of them trains, and how it weighs them."""
+"""AutoLoRA: the loss of its two branches by hand, what each of them trains, and how it weighs them."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from toughen.attacks import PGD
 from toughen.attacks.threat import gaussian_start
 from toughen.errors import InputError
 from toughen.methods import CLAT, stack
-from toughen.objectives import METHODS, PGDAT, AutoLoRa
+from toughen.objectives import METHODS, PGDAT, AutoLoRA
 from toughen.types import Batch, ThreatModel
 from zoo import Head, build, images
 
@@ -25,7 +25,7 @@ CLASSIFIER = ("head.fc.weight", "head.fc.bias")
 
 
 def bound(model, probe=((X, Y),), **settings):
-    live = AutoLoRa(**settings).bind(model, attack=PGD2)
+    live = AutoLoRA(**settings).bind(model, attack=PGD2)
     live.epoch_start(0, [(x.to(next(model.parameters()).dtype), y) for x, y in probe])
     return live
 
@@ -33,7 +33,7 @@ def bound(model, probe=((X, Y),), **settings):
 def adapted(**settings):
     """A live method in float64 whose adapters do something."""
     model = build("normed").double()
-    live = AutoLoRa(**settings).bind(model, attack=PGD2)
+    live = AutoLoRA(**settings).bind(model, attack=PGD2)
     draw = torch.Generator().manual_seed(16)  # with which the two branches answer differently
     with torch.no_grad():
         for name, factor in live.own_parameters().items():
@@ -239,7 +239,7 @@ def test_every_kind_of_convolution_gets_an_adapter_that_trains_but_the_classifie
 
 
 def test_the_seed_decides_the_adapters():
-    first, again, other = (AutoLoRa().bind(build("normed"), attack=PGD2, seed=seed) for seed in (0, 0, 1))
+    first, again, other = (AutoLoRA().bind(build("normed"), attack=PGD2, seed=seed) for seed in (0, 0, 1))
     a = "conv1.weight.a"
     assert same(first.own_parameters()[a], again.own_parameters()[a])
     assert not same(first.own_parameters()[a], other.own_parameters()[a])
@@ -290,7 +290,7 @@ def test_a_resumed_run_continues_bit_identically():
     weights, state, momentum = torch.load(file, weights_only=True)
     fresh = build("normed", seed=1)
     fresh.load_state_dict(weights)
-    again = AutoLoRa().bind(fresh, attack=PGD2, seed=7)
+    again = AutoLoRA().bind(fresh, attack=PGD2, seed=7)
     again.seed = 0
     optimizer = sgd(again)
     optimizer.load_state_dict(momentum)
@@ -304,7 +304,7 @@ def test_a_resumed_run_continues_bit_identically():
 @pytest.mark.parametrize("settings", [{}, {"base": "inner", "lam": 0.0}], ids=["eq-6", "inner"])
 def test_clat_on_top_trains_its_layers_alone(settings):
     model = build("normed")
-    live = stack(AutoLoRa(), CLAT(select="fixed", layers=("conv2",), **settings)).bind(model, attack=PGD2)
+    live = stack(AutoLoRA(), CLAT(select="fixed", layers=("conv2",), **settings)).bind(model, attack=PGD2)
     live.epoch_start(0, [(X, Y)])
     before = copy.deepcopy({**model.state_dict(), **live.own_parameters()})
     steps(live, sgd(live), 2)
@@ -313,8 +313,8 @@ def test_clat_on_top_trains_its_layers_alone(settings):
 
 
 def test_it_is_named_as_in_the_papers_tables():
-    assert stack(AutoLoRa(), CLAT(k=1)).label == "AutoLoRA + CLAT"
-    assert METHODS["autolora"] is AutoLoRa
+    assert stack(AutoLoRA(), CLAT(k=1)).label == "AutoLoRA + CLAT"
+    assert METHODS["autolora"] is AutoLoRA
 
 
 # -- mistakes -------------------------------------------------------------------------------------
@@ -331,28 +331,28 @@ def test_it_is_named_as_in_the_papers_tables():
 )
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
-        AutoLoRa(**settings)
+        AutoLoRA(**settings)
 
 
 def test_a_loss_before_the_first_epoch_or_without_a_model_is_refused():
     with pytest.raises(InputError, match=r"autolora has no weights yet: call epoch_start\(epoch, probe\)"):
-        AutoLoRa().bind(build("normed"), attack=PGD2)(X, Y)
+        AutoLoRA().bind(build("normed"), attack=PGD2)(X, Y)
     plain = PGDAT().bind(build("normed"), attack=PGD2)
     with pytest.raises(InputError, match="autolora has no loss without its adapters"):
-        AutoLoRa().loss(plain.view, perturbed(plain, X))
+        AutoLoRA().loss(plain.view, perturbed(plain, X))
 
 
 @pytest.mark.parametrize("probe", [[], [(X, torch.full_like(Y, -1))]], ids=["empty", "unlabelled"])
 def test_a_probe_without_labels_is_refused(probe):
     with pytest.raises(InputError, match="the probe is empty: pass some labelled training images"):
-        AutoLoRa().bind(build("normed"), attack=PGD2).epoch_start(0, probe)
+        AutoLoRA().bind(build("normed"), attack=PGD2).epoch_start(0, probe)
 
 
 def test_networks_that_it_does_not_fit_are_refused_before_training():
     flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
     with pytest.raises(InputError, match="autolora adapts convolutions, and Sequential has none before its classifier"):
-        AutoLoRa().bind(flat, attack=PGD2).check(X[:1])
+        AutoLoRA().bind(flat, attack=PGD2).check(X[:1])
     headless = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 6), nn.Flatten(), nn.GLU())
     with pytest.raises(InputError, match="none of the layers of Sequential returns its logits"):
-        AutoLoRa().bind(headless, attack=PGD2).check(X[:1])
-    AutoLoRa().bind(nn.Sequential(nn.Conv2d(3, 6, 3), Head(6)), attack=PGD2).check(X[:1])
+        AutoLoRA().bind(headless, attack=PGD2).check(X[:1])
+    AutoLoRA().bind(nn.Sequential(nn.Conv2d(3, 6, 3), Head(6)), attack=PGD2).check(X[:1])

@@ -65,7 +65,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     images = _images(options, target)
     results = _measured(options, target, attacks, images)
     target.say_remark()
-    _say_seen(options.target, target, len(images), results[0])
+    mixed = "" if options.accurate is None else f" mixed with {options.accurate} (alpha {options.alpha:g})"
+    _say_seen(f"{options.target}{mixed}", target, len(images), results[0])
     out.print(_table(results))
     if options.per_class:
         out.print(_class_table(results[0], target.splits.train.classes))

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from importlib.resources import files
@@ -17,7 +18,7 @@ from toughen.config.build import build
 from toughen.data import AUGMENTS, DataSettings
 from toughen.engine import EvaluateSettings, MixtureSettings, ModelSettings, Recipe, TrainSettings
 from toughen.engine.checkpoint import WEIGHTS
-from toughen.errors import InputError, unknown
+from toughen.errors import InputError, Notice, unknown
 from toughen.methods import Stack, Wrapper, stack
 from toughen.objectives import METHODS, Objective
 from toughen.registry import Registry, imported
@@ -49,7 +50,21 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     given = {override.partition("=")[0] for override in overrides}
     if "model.name" in given and "model.width" not in given and isinstance(document.get("model"), dict):
         document["model"].pop("width", None)  # it was the width of the recipe's own network
-    return resolve(document)
+    recipe = resolve(document)
+    if "method" in given:
+        _tell_of_branches(document)
+    return recipe
+
+
+def _tell_of_branches(document: Mapping[str, Any]) -> None:
+    """Say which branches keep methods of their own although the run's are other ones now."""
+    branches = document.get("branches")
+    own = [name for name, changes in branches.items() if "method" in (changes or {})] if branches else []
+    if own:
+        text = (
+            f"branches keep methods of their own: {', '.join(own)}; give them too, or branches=null branch_epoch=null"
+        )
+        warnings.warn(Notice(text), stacklevel=3)
 
 
 def recipe_names() -> dict[str, str]:
@@ -79,7 +94,9 @@ def _extended(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     document = _read(name)
     if "extends" not in document:
         return document
-    base = str(document.pop("extends"))
+    base = document.pop("extends")
+    if not isinstance(base, str):
+        raise InputError(f"recipe {name}: extends is {base!r}; it must be the name of a recipe or a .yaml file")
     if base.endswith((".yaml", ".yml")) and name.endswith((".yaml", ".yml")):
         base = os.path.normpath(Path(name).parent / base)  # one name for each file, or a circle would go unseen
     below = _extended(base, (*seen, name))
@@ -103,6 +120,8 @@ def _read(name: str) -> dict[str, Any]:
             raise InputError(f"recipe file {name} is not a text file that can be read: {error}") from None
     else:
         if name not in recipe_names():
+            if Path(name).is_dir():
+                raise InputError(f"recipe {name} is a folder; name a .yaml file in it")
             raise unknown("recipe", name, recipe_names(), hint="or give the path of a .yaml file")
         text = (_shelf() / f"{name}.yaml").read_text()
     try:

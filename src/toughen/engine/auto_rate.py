@@ -1,4 +1,4 @@
-"""The automatic learning rate of AutoLoRa (Xu et al. 2024): when to halve it, from the validation accuracies so far.
+"""The automatic learning rate of AutoLoRA (Xu et al. 2024): when to halve it, from the validation accuracies so far.
 
 Knows neither models nor optimizers, and keeps no state: a resumed run finds the same answer from its log.
 """

@@ -65,7 +65,7 @@ class RiFT(Wrapper):
         "swa": ONE_NETWORK,
         "ema": ONE_NETWORK,
         "lora": "LoRA freezes the weights, one of which RiFT has to tune; leave one of the two out",
-        "autolora": "RiFT learns clean images in one layer, AutoLoRa in adapters; leave one of the two out",
+        "autolora": "RiFT learns clean images in one layer, AutoLoRA in adapters; leave one of the two out",
     }
 
     eps: float = 0.1

@@ -2,7 +2,7 @@
 
 from toughen.objectives.adaptive_smoothing import AdaptiveSmoothing
 from toughen.objectives.alp import ALP
-from toughen.objectives.autolora import AutoLoRa
+from toughen.objectives.autolora import AutoLoRA
 from toughen.objectives.clean_ce import CleanCE
 from toughen.objectives.fast_at import FastAT
 from toughen.objectives.feature_at import FeatureAT
@@ -27,7 +27,7 @@ __all__ = [
     "TRADES",
     "TRADESLSE",
     "AdaptiveSmoothing",
-    "AutoLoRa",
+    "AutoLoRA",
     "CleanCE",
     "FastAT",
     "FeatureAT",

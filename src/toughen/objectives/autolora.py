@@ -1,4 +1,4 @@
-"""AutoLoRa (Xu et al. 2024): low-rank adapters learn the clean images, the network itself the adversarial ones."""
+"""AutoLoRA (Xu et al. 2024): low-rank adapters learn the clean images, the network itself the adversarial ones."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -26,7 +26,7 @@ from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
 
 @METHODS.register("autolora")
 @dataclass(frozen=True, kw_only=True)
-class AutoLoRa(Objective):
+class AutoLoRA(Objective):
     """Robust fine-tuning in two branches: ``l1 CE(p_nat, y) + (1 - l1) CE(p_adv, y) + l2 KL(p_nat || p_adv)``.
 
     p_nat is what the network with its adapters says of x; this branch trains the adapters and the classifier alone.
@@ -84,7 +84,7 @@ class AutoLoRa(Objective):
         Raises:
             InputError: Always.
         """
-        raise InputError("autolora has no loss without its adapters; bind it to a model first: AutoLoRa().bind(...)")
+        raise InputError("autolora has no loss without its adapters; bind it to a model first: AutoLoRA().bind(...)")
 
     def bind(self, model: nn.Module, *, attack: Attack, seed: int = 0) -> "LiveAutoLoRa":
         """Bind these settings to a model and make its adapters, which the optimizer must hold."""
@@ -92,14 +92,14 @@ class AutoLoRa(Objective):
 
 
 class LiveAutoLoRa(LiveObjective):
-    """AutoLoRa bound to a model.
+    """AutoLoRA bound to a model.
 
     Attributes:
         l1: Weight of the natural cross-entropy, in [0, 1]; None until an epoch has started.
         l2: Weight of the KL divergence, in [0, kl_scale]; likewise.
     """
 
-    def __init__(self, model: nn.Module, *, settings: AutoLoRa, attack: Attack, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, *, settings: AutoLoRA, attack: Attack, seed: int = 0) -> None:
         super().__init__(model, objective=settings, attack=attack, seed=seed)
         self.settings = settings
         self.l1: float | None = None
@@ -249,7 +249,7 @@ class _Adapter:
         return self.scale * (self.b @ self.a).view_as(weight)
 
 
-def _adapters(model: nn.Module, settings: AutoLoRa, seed: int) -> dict[str, _Adapter]:
+def _adapters(model: nn.Module, settings: AutoLoRA, seed: int) -> dict[str, _Adapter]:
     """Make an adapter for each convolution that owns its weight; the same numbers on every device."""
     draw = generator(seed, "adapters")
     own = dict(model.named_parameters())
