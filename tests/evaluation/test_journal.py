@@ -7,6 +7,7 @@ import torch
 from toughen import PGD, ThreatModel
 from toughen.errors import InputError
 from toughen.evaluation import EvalAttack, Journal, evaluate, parse_attack
+from toughen.evaluation.autoattack import APGD, Square, TargetedAPGD, TargetedFAB
 from zoo import build, images
 
 THREAT = ThreatModel(eps=0.03)
@@ -55,6 +56,45 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_file(tmp_path, victim, st
     fresh: list[int] = []
     evaluate(model, batches, [suite(None, fresh)], batch_size=5)
     assert len(calls) == len(fresh)  # nothing was attacked twice
+
+
+def small_autoattack() -> EvalAttack:
+    """The stages of AutoAttack with a tenth of a hundredth of its budget."""
+    return EvalAttack(
+        "standard",
+        (
+            ("apgd-ce", APGD(threat=THREAT, steps=3)),
+            ("apgd-t", TargetedAPGD(threat=THREAT, steps=3, targets=2)),
+            ("fab-t", TargetedFAB(threat=THREAT, steps=3, targets=2)),
+            ("square", Square(threat=THREAT, queries=20)),
+        ),
+    )
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_an_autoattack_that_is_cut_inside_a_chunk_goes_on_to_the_same_file(tmp_path, victim, share):
+    model, batches = victim
+    forwards = 0
+    limit = float("inf")
+
+    def count(*_):
+        nonlocal forwards
+        forwards += 1
+        if forwards > limit:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        evaluate(model, batches, [small_autoattack()], batch_size=5, sanity=False, journal=Journal(tmp_path / "whole"))
+        forwards, limit = 0, share * forwards
+        cut = Journal(tmp_path / "cut")
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(model, batches, [small_autoattack()], batch_size=5, sanity=False, journal=cut)
+        limit = float("inf")
+        evaluate(model, batches, [small_autoattack()], batch_size=5, sanity=False, journal=cut)
+    finally:
+        handle.remove()
+    assert without_time(tmp_path / "cut" / "standard.json") == without_time(tmp_path / "whole" / "standard.json")
 
 
 def test_what_is_complete_is_not_measured_again_unless_asked(tmp_path, victim):
