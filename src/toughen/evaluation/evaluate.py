@@ -84,8 +84,9 @@ def evaluate(
         One result per attack, by name.
 
     Raises:
-        InputError: No batches, images that are not finite or not in [0, 1], an attack that is named twice, an attack
-            that leaves the image box, or a journal that is damaged.
+        InputError: No batches, images that are not finite, not in [0, 1] or in half precision, labels that are none of
+            the model's classes, batches that come in another order when they are iterated again, an attack that is
+            named twice, an attack that leaves the image box, or a journal that is damaged.
     """
     names = [attack.name for attack in attacks]
     if repeated := [name for name in names if names.count(name) > 1]:
@@ -100,12 +101,12 @@ def evaluate(
         for attack in attacks:
             results[attack.name] = run.measure(attack)
         threats = [stage.threat for attack in attacks for _, stage in attack.stages if hasattr(stage, "threat")]
-        flags: tuple[Flag, ...] = ()
-        if sanity and threats:
-            flags = (*check_model(model, again, threat=threats[0], seed=seed), *check_results(results))
+        if not (sanity and threats):
+            return results
+        flags = (*check_model(model, again, threat=threats[0], seed=seed), *check_results(results))
     for name, result in results.items():
         results[name] = replace(result, flags=flags)
-        if journal is not None and sanity and results[name] != result and processes.rank() == 0:
+        if journal is not None and results[name] != result and processes.rank() == 0:
             journal.write(results[name])
     return results
 
@@ -138,13 +139,14 @@ class _Evaluation:
         seen = 0
         for batch in self.batches:
             x, y = batch[0].to(self.device), batch[1].to(self.device)
+            _check_precise(x)
             check_images(x, (0.0, 1.0))
             self.batch_size = self.batch_size or len(x)
             right, loss, self.num_classes = shown(self.model, x, y)
             self.image_shape = tuple(x.shape[1:])
             counted_on = isinstance(batch, Batch) and batch.index is not None
             index = batch.index.cpu() if counted_on else torch.arange(seen, seen + len(x))
-            parts.append((index, y.cpu(), right.cpu(), loss.cpu()))
+            parts.append((index, y.cpu(), right.cpu(), rounded(loss)))
             seen += len(x)
         if not seen:
             raise InputError("no images to evaluate: the batches are empty")
@@ -180,7 +182,7 @@ class _Evaluation:
         done = stages[number].attacked
         title = attack.name if len(attack.stages) == 1 else f"{attack.name} {name}"
         ranks, rank = processes.count(), processes.rank()
-        chunks = chunked(self.batches, places[done:], self.batch_size)
+        chunks = chunked(self.batches, places[done:], self.batch_size, label=self.clean.label)
         try:
             while turn := list(islice(chunks, ranks)):
                 first = done // self.batch_size
@@ -220,7 +222,7 @@ class _Evaluation:
         seconds = time.perf_counter() - started
         if self.on_attacked is not None:
             self.on_attacked(Attacked(where, x_adv, y, inside, broke))
-        found = Found(where, broke.cpu(), loss.cpu(), distance.cpu())
+        found = Found(where, broke.cpu(), rounded(loss), rounded(distance))
         standing = int((broke.cpu() & (self.clean.fell[where] == STANDS)).sum())
         return found, Stage(name, len(x), standing, count.forwards + len(x), count.backwards, seconds)
 
@@ -238,8 +240,8 @@ class _Evaluation:
             index=tuple(samples.index.tolist()),
             label=tuple(samples.label.tolist()),
             correct=tuple((samples.fell == STANDS).tolist()),
-            loss=rounded(samples.loss),
-            distance=rounded(samples.distance),
+            loss=tuple(samples.loss.tolist()),
+            distance=tuple(samples.distance.tolist()),
             fell=tuple(None if code == STANDS else names[code] for code in samples.fell.tolist()),
             stages=tuple(stages),
             remarks=tuple(dict.fromkeys(remarks)),
@@ -267,13 +269,27 @@ def as_evaluated(model: nn.Module) -> Iterator[None]:
 
 
 def shown(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Which samples the model gets right, [B]; their cross-entropy, [B]; how many classes there are."""
+    """Which samples the model gets right, [B]; their cross-entropy, [B]; how many classes there are.
+
+    Raises:
+        InputError: A label that is none of the model's classes.
+    """
     with torch.no_grad():
         logits = at_least_float32(model(x))
+        if int(y.min()) < 0 or int(y.max()) >= logits.shape[1]:
+            raise InputError(
+                f"labels range from {int(y.min())} to {int(y.max())}; "
+                f"with {logits.shape[1]} classes they must be 0 to {logits.shape[1] - 1}"
+            )
         loss = F.cross_entropy(logits, y, reduction="none").nan_to_num(nan=float("inf"))
     # argmax would pick a class among NaNs too
     right: Tensor = (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
     return right, loss, logits.shape[1]
+
+
+def _check_precise(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float64):
+        raise InputError(f"images are {x.dtype}, too coarse to tell what is within eps; give torch.float32 in [0, 1]")
 
 
 def _distance(search: Search, name: str, x: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ _SECONDS = 10.0  # between two writes of an unfinished attack: a SIGKILL loses n
 class Journal:
     """One file for each attack in a folder, whole at every moment.
 
-    A file is taken up again when everything that decides its outcomes is as it was: facts, settings, seed, batch size
-    and versions. Otherwise it is replaced.
+    A file is taken up again when everything that decides its outcomes is as it was: name, settings, seed, batch
+    size, facts and versions. Otherwise it is replaced.
 
     Args:
         folder: Made when needed.
@@ -82,5 +82,8 @@ def facts_of(model: nn.Module, images: Images) -> dict[str, Any]:
 
 def _identity(result: EvalResult) -> list[Any]:
     """Everything on which outcomes depend, in the form that JSON gives back."""
-    parts = (result.facts, result.settings, result.seed, result.batch_size, result.attack_all, result.versions)
+    parts = (
+        *(result.attack, result.settings, result.seed, result.batch_size, result.attack_all),
+        *(result.facts, result.versions),
+    )
     return list(json.loads(json.dumps(parts, default=dict)))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toughen.errors import InputError
 from toughen.evaluation.outcomes import EvalResult
 
 CLEAN, STANDS = 0, -1  # codes of ``Samples.fell``; stage i is i + 1
@@ -14,7 +15,7 @@ CLEAN, STANDS = 0, -1  # codes of ``Samples.fell``; stage i is i + 1
 
 @dataclass
 class Samples:
-    """The columns of a result while they fill, on the CPU; each [N]."""
+    """The columns of a result while they fill, on the CPU; each [N]. Loss and distance are ``rounded``."""
 
     index: Tensor
     label: Tensor
@@ -37,8 +38,8 @@ class Samples:
         return cls(
             torch.tensor(result.index),
             torch.tensor(result.label),
-            torch.tensor(result.loss),
-            torch.tensor(result.distance),
+            torch.tensor(result.loss, dtype=torch.float64),
+            torch.tensor(result.distance, dtype=torch.float64),
             torch.tensor([codes[name] for name in result.fell]),
         )
 
@@ -55,7 +56,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Found:
-    """What a stage found on a chunk: [B] each, on the CPU."""
+    """What a stage found on a chunk: [B] each, on the CPU. Loss and distance are ``rounded``."""
 
     where: Tensor
     broke: Tensor
@@ -63,11 +64,19 @@ class Found:
     distance: Tensor
 
 
-def chunked(batches: Iterable[Any], places: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Iterate over the samples at ``places`` (ascending) in chunks; holds one batch and one chunk at a time."""
+def chunked(
+    batches: Iterable[Any], places: Tensor, size: int, *, label: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Iterate over the samples at ``places`` (ascending) in chunks; holds one batch and one chunk at a time.
+
+    Raises:
+        InputError: The batches don't hold the same labels, in the order of ``label``, as when they were first seen.
+    """
     waiting: list[tuple[Tensor, Tensor, Tensor]] = []
     first = 0
     for x, y, *_ in batches:
+        if not torch.equal(y.cpu(), label[first : first + len(y)]):
+            raise _other_order(first)
         here = places[(places >= first) & (places < first + len(y))]
         if len(here):
             at = (here - first).to(x.device)
@@ -77,11 +86,21 @@ def chunked(batches: Iterable[Any], places: Tensor, size: int) -> Iterator[tuple
             where, images, labels = (torch.cat(column) for column in zip(*waiting, strict=True))
             yield where[:size], images[:size], labels[:size]
             waiting = [(where[size:], images[size:], labels[size:])] if len(where) > size else []
+    if first < len(label):
+        raise _other_order(first)
     if waiting:
         where, images, labels = (torch.cat(column) for column in zip(*waiting, strict=True))
         yield where, images, labels
 
 
-def rounded(values: Tensor) -> tuple[float, ...]:
-    """As JSON keeps them: six digits, and no infinity."""
-    return tuple(float(f"{value:.6g}") for value in values.clamp(max=torch.finfo(torch.float32).max).tolist())
+def _other_order(first: int) -> InputError:
+    return InputError(
+        f"iterated again, the batches don't hold the same samples from sample {first} on: "
+        "switch shuffling off, or give a list of batches"
+    )
+
+
+def rounded(values: Tensor) -> Tensor:
+    """Return six digits, and no infinity, in float64: what is kept as JSON compares as what never left memory."""
+    finite = values.double().clamp(max=torch.finfo(torch.float32).max)
+    return torch.tensor([float(f"{value:.6g}") for value in finite.tolist()], dtype=torch.float64)

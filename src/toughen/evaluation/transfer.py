@@ -103,13 +103,16 @@ def transfer(
         for name, attacker in models.items():
             row = [clean[victim].clone() for victim in models]
 
-            def show(attacked: Attacked, row: list[Tensor] = row) -> None:
+            def show(attacked: Attacked, row: list[Tensor] = row, attacker: nn.Module = attacker) -> None:
                 counts = attacked.broke if isinstance(attack.attack, tuple) else attacked.inside
                 if not bool(counts.any()):
                     return
                 where = attacked.where[counts.cpu()]
                 for column, victim in zip(row, models.values(), strict=True):
-                    right, _, _ = shown(victim, attacked.x_adv[counts], attacked.y[counts])
+                    if victim is attacker:  # what evaluate found: in a smaller batch a borderline image may turn
+                        right = ~attacked.broke[counts]
+                    else:
+                        right, _, _ = shown(victim, attacked.x_adv[counts], attacked.y[counts])
                     column[where] &= right.cpu()
 
             evaluate(
