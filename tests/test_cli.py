@@ -330,6 +330,12 @@ def test_a_spoiled_checkpoint_is_refused_and_kept(refused, own, kind):
     assert fingerprints(own) == before
 
 
+def test_another_method_tells_of_branches_that_keep_methods_of_their_own(toughen, tmp_path):
+    small = [*DIGITS, "train.epochs=2", "evaluate.attacks=[clean]", "method=[{name: trades}]"]
+    said = toughen("train", *small, "--out", tmp_path / "a")
+    assert "branches keep methods of their own: clat, clat-eq6; give them too" in said.err
+
+
 # -- evaluate -----------------------------------------------------------------------------------------
 
 

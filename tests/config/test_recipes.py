@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from small_runs import PGD_AT, clat, document
 from toughen.config import load_recipe, read_document, recipe_names, resolve
-from toughen.errors import InputError, Notice
+from toughen.errors import InputError
 from toughen.methods import CLAT, CLATPaper
 from toughen.objectives import PGDAT
 
@@ -392,11 +392,6 @@ def test_another_network_does_not_inherit_the_width_of_the_recipe_that_is_extend
 def test_a_recipe_that_extends_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"unknown recipe 'digitz'; did you mean 'digits'"):
         load_recipe(write(tmp_path / "own.yaml", extends="digitz"))
-
-
-def test_another_method_from_the_command_line_tells_of_branches_with_methods_of_their_own() -> None:
-    with pytest.warns(Notice, match="branches keep methods of their own: clat, clat-eq6; give them too"):
-        load_recipe("digits", ["method=[{name: trades}]"])
 
 
 def test_a_folder_and_an_empty_extension_are_told_from_unknown_recipes(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from toughen.config import ATTACKS, load_recipe, recipe_names, resolve
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS
 from toughen.data import AUGMENTS, DATASETS, DataSplits
-from toughen.engine import Interrupted, Trainer, check_methods, create_model
+from toughen.engine import Interrupted, Recipe, Trainer, check_methods, create_model
 from toughen.errors import InputError
 from toughen.evaluation import attack_names
 from toughen.layers import map_layers
@@ -52,13 +52,21 @@ def _train(options: argparse.Namespace) -> None:
         return
     trainer = Trainer(recipe, out=options.resume or options.out, resume=bool(options.resume))
     err.print(f"run folder: {trainer.folder.path}", highlight=False, soft_wrap=True)
-    for line in trainer.data.notes:
+    for line in (*trainer.data.notes, *_kept_branches(recipe, words)):
         note(line)
     try:
         run = trainer.fit()
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(f"Continue with: toughen train --resume {trainer.folder.path}") from None
     _show(run)
+
+
+def _kept_branches(recipe: Recipe, words: list[str]) -> list[str]:
+    """Say which branches keep methods of their own although the run's are other ones than its recipe says."""
+    kept = [name for name, branch in recipe.branches.items() if branch.method != recipe.method]
+    if not kept or not any(word.startswith("method=") for word in words):
+        return []
+    return [f"branches keep methods of their own: {', '.join(kept)}; give them too, or branches=null branch_epoch=null"]
 
 
 def _show(run: RunFolder) -> None:

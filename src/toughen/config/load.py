@@ -2,7 +2,6 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
 from importlib.resources import files
@@ -18,7 +17,7 @@ from toughen.config.build import build
 from toughen.data import AUGMENTS, DataSettings
 from toughen.engine import EvaluateSettings, MixtureSettings, ModelSettings, Recipe, TrainSettings
 from toughen.engine.checkpoint import WEIGHTS
-from toughen.errors import InputError, Notice, unknown
+from toughen.errors import InputError, unknown
 from toughen.methods import Stack, Wrapper, stack
 from toughen.objectives import METHODS, Objective
 from toughen.registry import Registry, imported
@@ -50,21 +49,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     given = {override.partition("=")[0] for override in overrides}
     if "model.name" in given and "model.width" not in given and isinstance(document.get("model"), dict):
         document["model"].pop("width", None)  # it was the width of the recipe's own network
-    recipe = resolve(document)
-    if "method" in given:
-        _tell_of_branches(document)
-    return recipe
-
-
-def _tell_of_branches(document: Mapping[str, Any]) -> None:
-    """Say which branches keep methods of their own although the run's are other ones now."""
-    branches = document.get("branches")
-    own = [name for name, changes in branches.items() if "method" in (changes or {})] if branches else []
-    if own:
-        text = (
-            f"branches keep methods of their own: {', '.join(own)}; give them too, or branches=null branch_epoch=null"
-        )
-        warnings.warn(Notice(text), stacklevel=3)
+    return resolve(document)
 
 
 def recipe_names() -> dict[str, str]:
