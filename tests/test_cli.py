@@ -421,6 +421,20 @@ def test_flags_of_sanity_checks_are_printed_and_stored(toughen, own):
         assert flag["check"] in said.out
 
 
+def test_without_an_eps_nothing_is_said_to_have_been_checked(toughen, own):
+    before = own.evaluations("last")
+    said = toughen("evaluate", own.branch("clat").path, "--attacks", "clean", "--seed", "5")
+    assert "sanity checks: none made" in said.out
+    toughen("evaluate", own.path, "--attacks", "clean")
+    assert own.evaluations("last") == before  # with the flags that were seen under attack
+
+
+def test_what_the_run_itself_measured_is_not_measured_again(toughen, own):
+    before = own.evaluations("last")
+    assert "clean, pgd-2: as measured before" in toughen("evaluate", own.path, "--attacks", "clean,pgd-2").err
+    assert own.evaluations("last") == before
+
+
 def test_every_target_attacks_every_other_one(toughen, refused, own, tmp_path):
     branches = [own.branch("pgd-at").path, own.branch("clat").path]
     said = toughen(
@@ -445,6 +459,9 @@ def test_every_target_attacks_every_other_one(toughen, refused, own, tmp_path):
         (["--repeats", "0"], "--repeats is 0"),
         (["--plot", "a.png"], "say over what with --over"),
         (["--over", "eps"], "--over is 'eps'; write KEY=VALUE"),
+        (["--over", "keep=last,worst", "--plot", "a.png"], "--over has 'last'; leave --plot out"),
+        (["--eps", "1e999"], "'1e999' is not a number or a fraction"),
+        (["--out", __file__], f"can't write into {__file__}: File exists; choose another --out"),
         (["--over", "eps=1", "--attacks", "clean"], "--attacks names none but clean"),
         (["--attacks", "pgd-2:steps=x"], "pgd-2:steps=x"),
         (["--attacks", "standard:queries=3"], "'standard' is a fixed suite"),

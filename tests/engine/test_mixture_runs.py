@@ -108,6 +108,13 @@ def test_two_runs_are_mixed_with_a_constant_weight_in_one_line(bases, capsys):
     assert accuracies("--accurate", str(bases / "g"), "--alpha", "1") == accuracies()
 
 
+def test_a_mixture_of_another_weight_is_measured_anew(bases, tmp_path, capsys):
+    for alpha, reused in (("0.5", False), ("0.9", False), ("0.9", True)):
+        words = ["--accurate", str(bases / "g"), "--alpha", alpha, "--attacks", "clean", "--device", "cpu"]
+        assert main(["evaluate", str(bases / "h"), *words, "--out", str(tmp_path)]) == 0
+        assert ("as measured before" in capsys.readouterr().err) == reused
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -258,6 +258,63 @@ def test_passes_are_counted_per_image():
     assert (stage.attacked, stage.forwards, stage.backwards) == (3, 3 * 6, 3 * 5)
 
 
+class Turned:
+    """Batches that come in another order each time, as from a loader that shuffles."""
+
+    def __init__(self) -> None:
+        self.batches = [(x[k : k + 1], y[k : k + 1]) for x, y in greys() for k in range(4)]
+
+    def __iter__(self):
+        self.batches = self.batches[1:] + self.batches[:1]
+        return iter(self.batches)
+
+
+class Once:
+    """Batches that are gone when they were seen, though they do not say so."""
+
+    def __init__(self) -> None:
+        self.left = iter(greys())
+
+    def __iter__(self):
+        return self.left
+
+
+@pytest.mark.parametrize("batches", [Turned, Once])
+def test_batches_that_are_other_ones_when_iterated_again_are_refused(batches):
+    with pytest.raises(InputError, match=r"don't hold the same samples from sample \d on: switch shuffling off"):
+        evaluate(Brightness(), batches(), [pgd()], sanity=False)
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_label_that_is_no_class_of_the_model_is_refused(label):
+    x, y = greys()[0]
+    y = torch.where(torch.arange(4) == 3, label, y)
+    with pytest.raises(InputError, match=rf"labels range from .*{label}.*; with 2 classes they must be 0 to 1"):
+        evaluate(Brightness(), [(x, y)], [CLEAN])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8])
+def test_images_too_coarse_for_a_ball_are_refused(dtype):
+    x, y = greys()[0]
+    with pytest.raises(InputError, match=f"images are {dtype}, too coarse"):
+        evaluate(Brightness(), [(x.to(dtype), y)], [CLEAN])
+
+
+def test_a_model_that_answers_in_float64_is_measured_as_any_other():
+    class Precise(Brightness):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).double()
+
+    assert evaluate(Precise(), greys(), [pgd()])["pgd-5"].correct == (True, False, False, False)
+
+
+def test_a_seed_may_be_any_whole_number():
+    square = parse_attack("square:queries=5", threat=THREAT, step_size=0.05)
+    suite = EvalAttack("suite", (*square.stages, *parse_attack("apgd-ce", threat=THREAT, step_size=0.05).stages))
+    for seed in (-1, 10**30):
+        assert evaluate(Brightness(), greys(), [suite], seed=seed)["suite"].accuracy == 0.25
+
+
 def test_images_that_can_be_iterated_only_once_are_enough():
     once = ((x, y) for x, y in greys())
     assert evaluate(Brightness(), once, [pgd()])["pgd-5"].correct == (True, False, False, False)

@@ -97,6 +97,42 @@ def test_an_autoattack_that_is_cut_inside_a_chunk_goes_on_to_the_same_file(tmp_p
     assert without_time(tmp_path / "cut" / "standard.json") == without_time(tmp_path / "whole" / "standard.json")
 
 
+@pytest.mark.parametrize("stop_at", range(8))
+def test_a_point_that_is_no_worse_is_no_worse_after_an_interruption_either(tmp_path, stop_at):
+    """The second stage moves pixels and leaves the loss as it is, whose digits JSON does not keep all."""
+
+    class Constant(torch.nn.Module):
+        def forward(self, x):
+            return torch.tensor([1.1, 0.3, 0.2]) + 0 * x.flatten(1)[:, :3]
+
+    class Moving(PGD):
+        def __call__(self, model, x, y, *, generator):
+            if len(calls) == limit:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return (x + 0.01 * self.steps).clamp(0, 1)
+
+    suite = EvalAttack("suite", tuple((f"by-{k}", Moving(THREAT, step_size=0.01, steps=k)) for k in (1, 2)))
+    batches = [(torch.rand(17, 1, 2, 2), torch.zeros(17, dtype=torch.int64))]
+    calls, limit = [], None
+    evaluate(Constant(), batches, [suite], batch_size=5, sanity=False, journal=Journal(tmp_path / "whole"))
+    calls, limit = [], stop_at
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Constant(), batches, [suite], batch_size=5, sanity=False, journal=Journal(tmp_path / "cut"))
+    limit = None
+    evaluate(Constant(), batches, [suite], batch_size=5, sanity=False, journal=Journal(tmp_path / "cut"))
+    assert without_time(tmp_path / "cut" / "suite.json") == without_time(tmp_path / "whole" / "suite.json")
+
+
+def test_two_attacks_whose_names_make_one_file_are_two(tmp_path, victim):
+    model, batches = victim
+    search = PGD(THREAT, step_size=0.01, steps=1)
+    evaluate(model, batches, [EvalAttack("a b", search)], journal=Journal(tmp_path))
+    journal = Journal(tmp_path)
+    assert evaluate(model, batches, [EvalAttack("a_b", search)], journal=journal)["a_b"].attack == "a_b"
+    assert not journal.reused
+
+
 def test_what_is_complete_is_not_measured_again_unless_asked(tmp_path, victim):
     model, batches = victim
     calls: list[int] = []

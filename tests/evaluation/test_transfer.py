@@ -62,6 +62,18 @@ def test_the_diagonal_is_the_white_box_result():
     assert matrix.correct[0][0] == alone.correct
 
 
+def test_the_diagonal_of_a_suite_is_the_white_box_result_even_where_a_batch_decides():
+    class Centred(Half):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x - x.mean() + 0.5)  # as rounding does, the other images make a difference
+
+    model = Centred(slice(0, 4))
+    suite = EvalAttack("suite", (("once", FGSM.attack), ("twice", FGSM.attack)))
+    matrix = transfer({"a": model, "b": LEFT}, greys(), suite)
+    alone = evaluate(model, greys(), [suite], sanity=False)["suite"]
+    assert matrix.correct[0][0] == alone.correct == (True, False, True, False)
+
+
 def test_a_single_attack_perturbs_also_what_its_own_model_gets_wrong():
     x, y = greys()[0]
     inverted = 1 - y

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from fractions import Fraction
 from pathlib import Path
 
 from rich.table import Table
@@ -12,7 +13,7 @@ from torch import nn
 
 from toughen import data, processes
 from toughen.cli.console import note, out
-from toughen.cli.files import check_output, write, write_plot
+from toughen.cli.files import check_folder, check_output, write, write_plot
 from toughen.cli.target import Target, check_samples, find_target
 from toughen.data import Images
 from toughen.engine.progress import attack_progress
@@ -57,8 +58,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     check_output(options.plot, ".png", ".pdf", ".svg")
     if options.repeats < 1:
         raise InputError(f"--repeats is {options.repeats}; it must be at least 1")
-    if options.plot and not options.over:
-        raise InputError("--plot draws a strength curve; say over what with --over, as in --over eps=2/255,4/255,8/255")
+    if options.plot:
+        _check_curve(options.over)
     target = find_target(options)
     names = _over(options.attacks.split(","), options.over)
     attacks = [parse_attack(name, threat=target.threat, step_size=target.step_size) for name in names]
@@ -70,7 +71,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     out.print(_table(results))
     if options.per_class:
         out.print(_class_table(results[0], target.splits.train.classes))
-    _say_flags(next(iter(results[0].values())).flags)
+    checked = any(hasattr(search, "threat") for attack in attacks for _, search in attack.stages)
+    _say_flags(next(iter(results[0].values())).flags, checked=checked)
     for remark in dict.fromkeys(remark for found in results for one in found.values() for remark in one.remarks):
         note(remark)
     if options.json and processes.rank() == 0:
@@ -79,6 +81,19 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.plot and processes.rank() == 0:
         points = {name: (result.accuracy, result.n) for name, result in results[0].items()}
         write_plot(options.plot, lambda file: plot_strength(points, options.over.partition("=")[0], file))
+
+
+def _check_curve(over: str | None) -> None:
+    """Refuse to draw a strength curve over nothing, or over what are no numbers."""
+    if over is None:
+        raise InputError("--plot draws a strength curve; say over what with --over, as in --over eps=2/255,4/255,8/255")
+    for value in over.partition("=")[2].split(","):
+        try:
+            float(Fraction(value))
+        except (ValueError, ZeroDivisionError, OverflowError):
+            raise InputError(
+                f"--plot draws accuracy over numbers, and --over has {value!r}; leave --plot out"
+            ) from None
 
 
 def _over(names: Sequence[str], over: str | None) -> list[str]:
@@ -139,7 +154,10 @@ def _measured(
 def _journal(options: argparse.Namespace, target: Target, images: Images) -> tuple[Path | None, dict[str, object]]:
     """Where results are kept: --out, or the run folder unless it is measured otherwise than it was."""
     facts: dict[str, object] = facts_of(target.model, images)
+    if options.alpha is not None:
+        facts["alpha"] = options.alpha  # a constant weight is no part of the network's state
     if options.out is not None:
+        check_folder(options.out)
         return Path(options.out), facts
     if target.run is None or any(getattr(options, name) is not None for name in _OF_THE_RUN):
         return None, facts
@@ -197,11 +215,12 @@ def _class_table(results: Mapping[str, EvalResult], classes: Sequence[str]) -> T
     return table
 
 
-def _say_flags(flags: Sequence[Flag]) -> None:
+def _say_flags(flags: Sequence[Flag], *, checked: bool) -> None:
     for flag in flags:
         out.print(f"sanity flag: {flag}", highlight=False, markup=False, soft_wrap=True)
     if not flags:
-        out.print("sanity checks: nothing seen", highlight=False)
+        seen = "nothing seen" if checked else "none made; they take an attack that has an eps, for example pgd-20"
+        out.print(f"sanity checks: {seen}", highlight=False)
 
 
 def run_transfer(options: argparse.Namespace) -> None:
@@ -234,7 +253,7 @@ def _transfer(options: argparse.Namespace) -> None:
         one.say_remark()
     for matrix in matrices:
         out.print(_transfer_table(matrix, first))
-        _say_flags(matrix.flags)
+        _say_flags(matrix.flags, checked=True)
     if options.json and processes.rank() == 0:
         write(options.json, json.dumps({matrix.attack: matrix.to_dict() for matrix in matrices}))
     if options.plot and processes.rank() == 0:

@@ -1,5 +1,6 @@
 """The files that a verb is asked to write: refused before the work when they could not be written after it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,17 @@ def check_output(file: str | None, *suffixes: str) -> None:
         raise InputError(f"can't write {file}: there is no folder {path.parent}")
     if suffixes and path.suffix not in suffixes:
         raise InputError(f"can't write {file}: its name must end in {', '.join(suffixes)}")
+
+
+def check_folder(folder: str) -> None:
+    """Make a folder where there is none, and refuse one that could not be written into, before the work."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"can't write into {folder}: {error.strerror}; choose another --out") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"can't write into {folder}: it is read-only; choose another --out")
 
 
 def write(file: str, text: str) -> None:

@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
 def _number(text: str) -> float:
     try:
         return float(Fraction(text.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number or a fraction such as 8/255") from None
 
 

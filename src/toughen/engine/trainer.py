@@ -388,6 +388,7 @@ class Trainer:
                     self._batches(images),
                     attacks,
                     seed=self.settings.seed,
+                    batch_size=recipe.test_batch_size,
                     journal=Journal(self.folder.evals(name), facts),
                     progress=progress,
                 )

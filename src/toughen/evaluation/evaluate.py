@@ -18,7 +18,7 @@ from toughen.errors import InputError
 from toughen.evaluation.counting import counted
 from toughen.evaluation.journal import Journal
 from toughen.evaluation.masking import check_model
-from toughen.evaluation.outcomes import EvalResult, Flag, Stage
+from toughen.evaluation.outcomes import EvalResult, Stage
 from toughen.evaluation.samples import CLEAN, STANDS, Found, Samples, chunked, rounded
 from toughen.evaluation.sanity import check_results
 from toughen.evaluation.suites import EvalAttack, Search
@@ -207,7 +207,7 @@ class _Evaluation:
         x, y = x.to(self.device), y.to(self.device)
         if getattr(search, "reseeds", False):
             draw = torch.Generator(device=self.device)
-            draw.manual_seed(self.seed)
+            draw.manual_seed(self.seed % 2**64)  # more than that has no room in a generator
         else:
             stream = attack.name if len(attack.stages) == 1 else f"{attack.name}/{name}"
             draw = generator(self.seed, stream, chunk, device=self.device)

@@ -141,7 +141,11 @@ def parse_attack(spec: str, *, threat: ThreatModel, step_size: float) -> EvalAtt
         InputError: Unknown name or setting, or a value out of its range.
     """
     name, *words = spec.split(":")
-    given = dict(_setting(word, spec) for word in words)
+    given: dict[str, Any] = {}
+    for key, value in (_setting(word, spec) for word in words):
+        if key in given:
+            raise InputError(f"attack {spec!r}: {key} is given twice; give it once")
+        given[key] = value
     if name == "clean" and not given:
         return EvalAttack(spec)
     if name in _SUITES:
@@ -190,13 +194,17 @@ def _with(threat: ThreatModel, *, eps: float) -> ThreatModel:
 
 
 def _setting(word: str, spec: str) -> tuple[str, Any]:
-    """Read ``key=value``; numbers and fractions become numbers, what the setting allows is checked later."""
+    """Read ``key=value``; numbers and fractions become numbers, what else the setting allows is checked later."""
     key, equals, text = word.partition("=")
     if not (key and equals and text):
         raise InputError(f"attack {spec!r}: {word!r} is not a setting; write NAME:key=value, as in pgd-20:restarts=5")
     try:
         return key, int(text) if text.isdigit() else float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
+        if key == "eps":  # the step size scales with it before anything is checked
+            raise InputError(
+                f"attack {spec!r}: eps is {text!r}; it must be a number or a fraction, as in 8/255"
+            ) from None
         return key, text
 
 
