@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from toughen import PGD, ThreatModel
 from toughen.errors import InputError
 from toughen.evaluation import EvalAttack, Journal, evaluate, parse_attack
 from toughen.evaluation.autoattack import APGD, Square, TargetedAPGD, TargetedFAB
-from zoo import build, images
+from zoo import images
 
 THREAT = ThreatModel(eps=0.03)
 
@@ -24,14 +25,24 @@ def suite(stop_at: int | None = None, calls: list[int] | None = None) -> EvalAtt
             count.append(1)
             return super().__call__(*given, **options)
 
-    return EvalAttack("suite", tuple((f"s{i}", Stopping(THREAT, step_size=0.01, steps=2)) for i in range(3)))
+    return EvalAttack("suite", tuple((f"s{i}", Stopping(THREAT, step_size=0.007, steps=i + 1)) for i in range(3)))
 
 
 @pytest.fixture(scope="module")
 def victim():
-    model = build("nested").eval()
+    """A model of whose 17 images some fall in each stage, and some stand."""
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 4)).eval()
     x, _ = images(17, seed=3)
     return model, [(x, model(x).argmax(dim=1))]
+
+
+def test_some_images_fall_in_each_stage(victim):
+    model, batches = victim
+    result = evaluate(model, batches, [suite()], batch_size=5, sanity=False)["suite"]
+    assert all(stage.fell > 0 for stage in result.stages)
+    assert 0 < result.accuracy < 1
 
 
 def without_time(file: Path) -> dict:
@@ -156,6 +167,24 @@ def test_what_was_measured_otherwise_is_measured_anew(tmp_path, victim, change):
     facts = change.pop("journal", {})
     evaluate(model, batches, [suite(None, calls)], journal=Journal(tmp_path, facts), **change)
     assert len(calls) > done
+
+
+def test_an_attack_of_this_name_with_other_settings_is_measured_anew(tmp_path, victim):
+    model, batches = victim
+    for steps in (1, 2):
+        attack = EvalAttack("own", PGD(THREAT, step_size=0.01, steps=steps))
+        result = evaluate(model, batches, [attack], sanity=False, journal=Journal(tmp_path))["own"]
+        assert result.settings["steps"] == steps
+
+
+def test_what_another_version_found_is_measured_anew(tmp_path, victim, monkeypatch):
+    model, batches = victim
+    attack = EvalAttack("own", PGD(THREAT, step_size=0.01, steps=1))
+    evaluate(model, batches, [attack], sanity=False, journal=Journal(tmp_path))
+    monkeypatch.setattr(sys.modules["toughen.evaluation.evaluate"], "version", lambda name: "0.0")
+    journal = Journal(tmp_path)
+    assert evaluate(model, batches, [attack], sanity=False, journal=journal)["own"].versions["torch"] == "0.0"
+    assert not journal.reused
 
 
 def test_a_file_says_whether_it_is_complete_and_what_decided_it(tmp_path, victim):
