@@ -139,12 +139,6 @@ class RunFolder:
         results = {file: _parsed(file.read_text(), file) for file in files}
         return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
 
-    def write_evaluation(self, checkpoint: str, attack: str, result: Mapping[str, Any]) -> None:
-        """Store one evaluation of a checkpoint."""
-        folder = self.evals(checkpoint)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{file_name(attack)}.json", json.dumps(result) + "\n")
-
     def write_finished(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as complete."""
         write_text(self.path / "finished.json", json.dumps(summary, indent=1) + "\n")

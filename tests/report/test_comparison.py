@@ -2,7 +2,7 @@ import json
 
 import pytest
 import yaml
-from written_runs import SETTINGS, make, make_family, result, row
+from written_runs import SETTINGS, make, make_family, result, row, write_evaluation
 
 from toughen.cli import main
 from toughen.errors import InputError
@@ -76,19 +76,19 @@ def test_costs_of_folded_runs_are_means(tmp_path):
 
 def test_a_result_of_an_earlier_epoch_is_another_networks(tmp_path):
     run = make(tmp_path / "run")
-    run.write_evaluation("last", "pgd-20", result(0.9, settings=SETTINGS, epoch=2))
+    write_evaluation(run, "last", "pgd-20", result(0.9, settings=SETTINGS, epoch=2))
     assert compare_runs([run]).attacks == ("clean",)
 
 
 def test_incomplete_results_are_ignored(tmp_path):
     run = make(tmp_path / "run")
-    run.write_evaluation("last", "standard", result([1, 0], complete=False))
+    write_evaluation(run, "last", "standard", result([1, 0], complete=False))
     assert compare_runs([run]).attacks == ("clean", "pgd-20")
 
 
 def test_an_attack_that_only_some_have_met_is_left_out_and_named(tmp_path):
     first, second = make(tmp_path / "first"), make(tmp_path / "second", recipe="other")
-    first.write_evaluation("last", "pgd-50", result(0.2))
+    write_evaluation(first, "last", "pgd-50", result(0.2))
     found = compare_runs([first, second])
     assert (found.attacks, found.left_out) == (("clean", "pgd-20"), ("pgd-50",))
 
@@ -158,8 +158,8 @@ def test_two_single_runs_are_paired_by_images_whatever_their_seeds(tmp_path):
 @pytest.mark.parametrize("checkpoint", ["last", "best"])
 def test_results_that_were_not_measured_alike_are_refused(tmp_path, unlike, said, checkpoint):
     first, second = make(tmp_path / "first"), make(tmp_path / "second", recipe="other")
-    first.write_evaluation("last", "pgd-20", result(0.3, settings=SETTINGS, index=list(range(1000))))
-    second.write_evaluation(checkpoint, "pgd-20", {**result(0.3, settings=SETTINGS), **unlike})
+    write_evaluation(first, "last", "pgd-20", result(0.3, settings=SETTINGS, index=list(range(1000))))
+    write_evaluation(second, checkpoint, "pgd-20", {**result(0.3, settings=SETTINGS), **unlike})
     with pytest.raises(InputError, match=rf"second \({checkpoint}\) and .*first \(last\) .*{said}"):
         compare_runs([first, second])
 
@@ -205,7 +205,7 @@ def test_a_run_without_evaluation_is_refused_with_the_command_that_finishes_it(t
 
 def test_the_plain_values_hold_accuracies_differences_and_what_was_done(tmp_path):
     runs = [make_family(tmp_path / f"at-{seed}", seed=seed, base=0.43, clat=0.40 + 0.01 * seed) for seed in (0, 1)]
-    runs[0].write_evaluation("last", "pgd-50", result(0.2))
+    write_evaluation(runs[0], "last", "pgd-50", result(0.2))
     found = json.loads(json.dumps(compare_runs(runs).to_dict(), allow_nan=False))
     assert (found["data"], found["confidence"], found["left_out"]) == ("digits", 0.95, ["pgd-50"])
     assert found["attacks"]["pgd-20"] == {"n": 1000, "settings": SETTINGS}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from rich.console import Console
-from written_runs import make, make_family, result, row
+from written_runs import make, make_family, result, row, write_evaluation
 
 from toughen.errors import InputError
 from toughen.report import compare_runs, comparison_tables, plot_criticality, plot_report, plot_training
@@ -69,7 +69,7 @@ def test_the_tables_say_how_many_images_the_threat_model_and_the_interval(tmp_pa
 
 def test_an_attack_with_other_images_says_how_many(tmp_path):
     run = make(tmp_path / "run")
-    run.write_evaluation("last", "standard", result(0.4, n=50, images="first 50"))
+    write_evaluation(run, "last", "standard", result(0.4, n=50, images="first 50"))
     table = accuracy_table(compare_runs([run]))
     assert [str(column.header) for column in table.columns[3:6]] == [
         "clean (n 1000)",
@@ -80,7 +80,7 @@ def test_an_attack_with_other_images_says_how_many(tmp_path):
 
 def test_an_attack_on_the_last_checkpoint_alone_has_no_figure_for_the_best(tmp_path):
     run = make(tmp_path / "run")
-    run.write_evaluation("last", "pgd-50", result(0.4))
+    write_evaluation(run, "last", "pgd-50", result(0.4))
     assert cells(run)["run"][3:5] == ["43.4 ±3.1 (44.5)", "40.0 ±3.1"]
 
 

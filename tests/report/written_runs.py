@@ -1,5 +1,6 @@
 """Run folders written by hand: no training, no torch."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def row(epoch: int, **changes: Any) -> dict[str, Any]:
     }
 
 
+def write_evaluation(run: RunFolder, checkpoint: str, attack: str, result: dict[str, Any]) -> None:
+    """Store one evaluation of a checkpoint, as the journal of an evaluation does."""
+    run.evals(checkpoint).mkdir(parents=True, exist_ok=True)
+    (run.evals(checkpoint) / f"{attack}.json").write_text(json.dumps(result))
+
+
 def make(
     path: Path,
     *,
@@ -50,8 +57,8 @@ def make(
     figures = {"clean": 0.812, "clean_best": 0.823, "pgd": 0.434, "pgd_best": 0.445, **accuracies}
     for checkpoint, suffix in (("last", ""), ("best", "_best")):
         clean, pgd = figures[f"clean{suffix}"], figures[f"pgd{suffix}"]
-        run.write_evaluation(checkpoint, "clean", result(clean, images=data, seed=seed))
-        run.write_evaluation(checkpoint, "pgd-20", result(pgd, settings=SETTINGS, images=data, seed=seed))
+        write_evaluation(run, checkpoint, "clean", result(clean, images=data, seed=seed))
+        write_evaluation(run, checkpoint, "pgd-20", result(pgd, settings=SETTINGS, images=data, seed=seed))
     return run
 
 

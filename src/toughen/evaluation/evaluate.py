@@ -246,6 +246,7 @@ class _Evaluation:
             stages=tuple(stages),
             remarks=tuple(dict.fromkeys(remarks)),
             versions=_versions(attack),
+            device=self.device.type,
             facts={} if self.journal is None else self.journal.facts,
             complete=complete,
         )

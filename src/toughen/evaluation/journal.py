@@ -24,7 +24,7 @@ class Journal:
     """One file for each attack in a folder, whole at every moment.
 
     A file is taken up again when everything that decides its outcomes is as it was: name, settings, seed, batch
-    size, facts and versions. Otherwise it is replaced.
+    size, facts, versions and kind of device. Otherwise it is replaced.
 
     Args:
         folder: Made when needed.
@@ -62,9 +62,18 @@ class Journal:
         return time.monotonic() - self._written > _SECONDS
 
     def write(self, result: EvalResult) -> None:
-        """Replace the file of this attack."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._file(result.attack), json.dumps(result.to_dict()) + "\n")
+        """Replace the file of this attack.
+
+        Raises:
+            InputError: It can't be written.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self._file(result.attack), json.dumps(result.to_dict()) + "\n")
+        except OSError as error:
+            raise InputError(
+                f"can't keep results in {self.folder}: {error.strerror}; choose another folder with --out"
+            ) from None
         self._written = time.monotonic()
 
     def _file(self, attack: str) -> Path:
@@ -84,6 +93,6 @@ def _identity(result: EvalResult) -> list[Any]:
     """Everything on which outcomes depend, in the form that JSON gives back."""
     parts = (
         *(result.attack, result.settings, result.seed, result.batch_size, result.attack_all),
-        *(result.facts, result.versions),
+        *(result.facts, result.versions, result.device),
     )
     return list(json.loads(json.dumps(parts, default=dict)))

@@ -68,6 +68,7 @@ class EvalResult:
         stages: What was run, in its order.
         remarks: How the attack departs from its published form on this model, for example with few classes.
         versions: Of the packages whose arithmetic matters.
+        device: On which kind of device, for example ``"cpu"``; random numbers differ between kinds.
         flags: What was seen that may make robustness an artefact.
         facts: What the caller knows, for example the checksums of weights and images.
         complete: False in a file of which the rest is still to come.
@@ -87,6 +88,7 @@ class EvalResult:
     stages: tuple[Stage, ...] = ()
     remarks: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    device: str = "cpu"
     flags: tuple[Flag, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     complete: bool = True
@@ -125,6 +127,7 @@ class EvalResult:
             "attack_all": self.attack_all,
             "settings": self.settings,
             "versions": dict(self.versions),
+            "device": self.device,
             **self.facts,
             "facts": list(self.facts),
             "remarks": list(self.remarks),
@@ -145,7 +148,7 @@ class EvalResult:
         Raises:
             KeyError: An entry is missing.
         """
-        plain = ("attack", "settings", "seed", "batch_size", "attack_all", "versions", "complete")
+        plain = ("attack", "settings", "seed", "batch_size", "attack_all", "versions", "device", "complete")
         columns = ("index", "label", "loss", "distance", "fell", "remarks")
         values: dict[str, Any] = {name: content[name] for name in plain}
         values |= {name: tuple(content[name]) for name in columns}
