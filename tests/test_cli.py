@@ -380,6 +380,17 @@ def test_results_of_any_target_are_kept_where_asked(toughen, tmp_path):
     assert "as measured before" not in toughen(*words, "--seed", "1").err
 
 
+def test_an_evaluation_that_is_stopped_says_where_its_results_are(toughen, own, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PGD, "__call__", stop)
+    said = toughen("evaluate", own.path, "--attacks", "clean,pgd-3", "--out", own.path / "kept")
+    assert said.status == 130
+    assert said.err.endswith(f"is kept in {own.path / 'kept'}; the same command goes on from there.\n")
+    assert (own.path / "kept" / "clean.json").is_file()
+
+
 def test_repeats_give_mean_spread_and_the_worst_case_of_each_sample(toughen, own):
     words = ["evaluate", own.path, "--attacks", "pgd-1:eps=0.3", "--repeats", "3", "--json", own.path / "out.json"]
     said = toughen(*words)

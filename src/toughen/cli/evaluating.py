@@ -16,6 +16,7 @@ from toughen.cli.console import note, out
 from toughen.cli.files import check_folder, check_output, write, write_plot
 from toughen.cli.target import Target, check_samples, find_target
 from toughen.data import Images
+from toughen.engine import Interrupted
 from toughen.engine.progress import attack_progress
 from toughen.errors import InputError
 from toughen.evaluation import (
@@ -130,22 +131,26 @@ def _measured(
     batches = data.in_order(images, batch_size=batch_size, device="cpu")
     folder, facts = _journal(options, target, images)
     found, reused = [], []
-    with attack_progress() as progress:
-        for seed in range(target.seed, target.seed + options.repeats):
-            place = folder if folder is None or seed == target.seed else folder / f"seed-{seed}"
-            journal = None if place is None else Journal(place, facts, again=options.again)
-            found.append(
-                evaluate(
-                    target.model,
-                    batches,
-                    attacks,
-                    seed=seed,
-                    batch_size=batch_size,
-                    journal=journal,
-                    progress=progress,
+    try:
+        with attack_progress() as progress:
+            for seed in range(target.seed, target.seed + options.repeats):
+                place = folder if folder is None or seed == target.seed else folder / f"seed-{seed}"
+                journal = None if place is None else Journal(place, facts, again=options.again)
+                found.append(
+                    evaluate(
+                        target.model,
+                        batches,
+                        attacks,
+                        seed=seed,
+                        batch_size=batch_size,
+                        journal=journal,
+                        progress=progress,
+                    )
                 )
-            )
-            reused += [] if journal is None else journal.reused
+                reused += [] if journal is None else journal.reused
+    except KeyboardInterrupt:
+        kept = "" if folder is None else f"What was measured is kept in {folder}; the same command goes on from there."
+        raise Interrupted(kept) from None
     if reused:
         note(f"{', '.join(dict.fromkeys(reused))}: as measured before, in {folder}; --again repeats it")
     return found
