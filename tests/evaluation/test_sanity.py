@@ -183,3 +183,12 @@ def test_a_flag_is_one_line_and_plain_values():
     flag = Flag("more-steps-help", "60% stand, but 50%", "look again")
     assert str(flag) == "more-steps-help: 60% stand, but 50%; look again"
     assert flag.to_dict() == {"check": "more-steps-help", "seen": "60% stand, but 50%", "advice": "look again"}
+
+
+def test_a_black_box_attack_with_settings_is_one_too():
+    threat = {"norm": "linf", "eps": 0.1}
+    found = {
+        "pgd-20": result("pgd-20", 900, threat=threat, steps=20),
+        "square:queries=300": result("square:queries=300", 400, threat=threat, queries=300),
+    }
+    assert "black-box-beats-white-box" in [flag.check for flag in check_results(found)]

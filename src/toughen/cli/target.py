@@ -69,7 +69,8 @@ def _found(options: argparse.Namespace) -> Target:
     if not (elsewhere or models.is_spec(options.target)) and (given.suffix or len(given.parts) > 1):
         raise InputError(f"{given} is neither a run folder, nor a weights file, nor a model: {', '.join(MODELS)}")
     models.check_spec(options.target)
-    trained = options.pretrained or options.target.startswith("hub/")
+    # what a function of the user returns has the weights that it gave
+    trained = options.pretrained or options.target.startswith("hub/") or ":" in options.target
     random = "" if trained else f"{options.target} has random weights; give a run folder or a weights file"
     return _model(
         options, ModelSettings(name=options.target, width=options.width, pretrained=options.pretrained), remark=random

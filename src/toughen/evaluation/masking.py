@@ -22,7 +22,7 @@ from toughen.evaluation.outcomes import Flag
 from toughen.evaluation.sanity import ONE_STEP, beyond_chance
 from toughen.layers import ModelView
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
-from toughen.rng import generator
+from toughen.rng import generator, stream_seed
 from toughen.types import Batches, ThreatModel, check_images
 
 PASSES = 5  # over the same images, as AutoAttack makes
@@ -75,6 +75,7 @@ def check_model(
         stack.enter_context(mode(model, training=False))
         stack.enter_context(buffers_kept(model))
         stack.enter_context(random_state_kept(model))
+        torch.manual_seed(stream_seed(seed, "sanity"))  # what a noisy model draws decides what is seen
         subject = _Subject(model, size)
         flags = [*_modes(model), *_differentiates(model, torch.cat([x[:1], x[:1]]))]
         random = [*_random(subject, x)]

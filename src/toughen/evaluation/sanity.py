@@ -142,7 +142,9 @@ def _black_box_beats_white_box(results: Mapping[str, EvalResult]) -> Iterator[Fl
             other
             for other, rival in results.items()
             # thousands of queries may honestly beat a single step; a suite may hold the very black box
-            if _alike(rival, result) and rival.attack != "fgsm" and not any(_is_black_box(s.name) for s in rival.stages)
+            if _alike(rival, result)
+            and rival.attack.partition(":")[0] != "fgsm"
+            and not any(_is_black_box(s.name) for s in rival.stages)
         ]
         if white_box:
             strongest = min(white_box, key=lambda other: results[other].accuracy)
@@ -164,7 +166,7 @@ def _standing(results: Mapping[str, EvalResult], name: str) -> str:
 
 
 def _is_black_box(name: str) -> bool:
-    return name.partition("-")[0] == BLACK_BOX
+    return name.partition("-")[0].partition(":")[0] == BLACK_BOX
 
 
 def _alike(a: EvalResult, b: EvalResult) -> bool:
