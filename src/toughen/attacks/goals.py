@@ -25,7 +25,10 @@ FeatureNorm = Literal["l2", "squared", "rms", "dim", "relative"]
 
 
 class Goal(Protocol):
-    """Binds to a clean batch; what it returns maps x_adv [B, ...] to [B] values, higher is worse for the model."""
+    """Binds to a clean batch; what it returns maps x_adv [B, ...] to [B] values, higher is worse for the model.
+
+    A goal that looks at layers names them in an attribute ``layers``, so that they are not folded (``norms_folded``).
+    """
 
     def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
         """Look at the clean batch once; return the function to maximise."""

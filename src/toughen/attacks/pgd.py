@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toughen.attacks.goals import CrossEntropy, Goal, Objective
 from toughen.attacks.threat import BALLS
 from toughen.errors import InputError
-from toughen.layers import ModelView
+from toughen.layers import ModelView, norms_folded
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
 from toughen.rng import from_global_state
 from toughen.types import ThreatModel
@@ -58,6 +58,8 @@ class PGD:
             that batch norm in train mode uses batch statistics (its running statistics are put back afterwards).
         momentum: Of the step's direction, >= 0 (Dong et al. 2018): gradients, each divided by its mean magnitude, add
             up with this factor on their sum so far; 0 is plain PGD.
+        fold_norms: Compute batch norm in eval mode by the convolution before it: the same up to rounding, in less time
+            and memory, see ``norms_folded``.
 
     Raises:
         InputError: A setting is out of its range.
@@ -71,6 +73,7 @@ class PGD:
     restarts: int = 1
     model_mode: ModelMode = "eval"
     momentum: float = 0.0
+    fold_norms: bool = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.step_size) and self.step_size >= 0):
@@ -123,7 +126,7 @@ class PGD:
         goal = CrossEntropy() if goal is None else goal
         generator = from_global_state(x.device) if generator is None else generator
         x = x.detach()
-        with self._as_found(model):
+        with self._as_found(model, x, goal):
             objective = goal.bind(ModelView(model), x, y)
             best, best_value = self._search(objective, x, eps, start, generator)
             for _ in range(self.restarts - 1):
@@ -170,13 +173,15 @@ class PGD:
         return _worse(best, best_value, x_adv, value) if self.keep == "worst" else (x_adv, value)
 
     @contextmanager
-    def _as_found(self, model: nn.Module) -> Iterator[None]:
+    def _as_found(self, model: nn.Module, x: Tensor, goal: Goal) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(without_weight_gradients(model))
             if self.model_mode == "eval":
                 stack.enter_context(mode(model, training=False))
             stack.enter_context(buffers_kept(model))
             stack.enter_context(random_state_kept(model))
+            if self.fold_norms:
+                stack.enter_context(norms_folded(model, x, keep=getattr(goal, "layers", ())))
             yield
 
 

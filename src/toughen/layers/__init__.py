@@ -1,6 +1,7 @@
 """Layers of any ``nn.Module``: which there are, what they compute, where a forward may stop, what trains."""
 
 from toughen.layers.candidates import Granularity
+from toughen.layers.folding import norms_folded
 from toughen.layers.layer_map import Layer, LayerMap, map_layers
 from toughen.layers.taps import tap
 from toughen.layers.trainable import NormStats, TrainableSet
@@ -15,5 +16,6 @@ __all__ = [
     "NormStats",
     "TrainableSet",
     "map_layers",
+    "norms_folded",
     "tap",
 ]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from toughen.errors import InputError
-from toughen.layers.taps import tap
+from toughen.layers.folding import FOLDED
+from toughen.layers.taps import submodule, tap
 
 Reduce = Callable[[str, Tensor], Tensor]
 
@@ -60,10 +61,16 @@ class ModelView:
             stop_early: Whether to leave out what follows the last requested layer.
 
         Raises:
-            InputError: A name is not a submodule, or one whose output does not hold the samples first.
+            InputError: A name is not a submodule, or one whose output does not hold the samples first, or is folded
+                with its batch norm now.
             RuntimeError: A requested layer was not called.
         """
         wanted = set(names)
+        if folded := [name for name in names if submodule(self.module, name) in FOLDED]:
+            raise InputError(
+                f"layer {folded[0]!r} is folded with its batch norm during this attack; a goal that looks at layers"
+                " names them in its attribute 'layers'"
+            )
         values: dict[str, Tensor] = {}
 
         def see(name: str, output: object) -> None:
