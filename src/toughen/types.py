@@ -1,7 +1,7 @@
 """The words that every other module speaks: threat model, batch, adversarial batch, step output."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -65,6 +65,19 @@ class Batch(NamedTuple):
 Batches = Iterable[Batch | tuple[Tensor, Tensor]]
 
 
+@dataclass(frozen=True)
+class Features:
+    """What a (possibly truncated) forward yields.
+
+    Attributes:
+        values: The reduced feature of each requested layer, by qualified name.
+        logits: [B, K], or None when the forward stopped early.
+    """
+
+    values: Mapping[str, Tensor]
+    logits: Tensor | None
+
+
 class AdversarialBatch(NamedTuple):
     """A clean batch and its perturbed images, detached, of the shape of ``batch.x``.
 
@@ -73,12 +86,18 @@ class AdversarialBatch(NamedTuple):
         x_adv: Their perturbed form.
         inner: What an inner method asked for, when an outer one perturbs differently and needs both.
         second: Further images of that shape that the loss needs, for example GradAlign's random point.
+        clean: The pass of the clean images, with its gradient, where attack and loss share one.
     """
 
     batch: Batch
     x_adv: Tensor
     inner: "AdversarialBatch | None" = None
     second: Tensor | None = None
+    clean: Features | None = None
+
+    def elsewhere(self) -> "AdversarialBatch":
+        """Return the images alone, for a loss at other weights or statistics than those that they were found with."""
+        return self._replace(inner=None if self.inner is None else self.inner.elsewhere(), clean=None)
 
 
 @dataclass(slots=True)

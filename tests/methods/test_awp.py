@@ -295,7 +295,7 @@ def test_frozen_layers_do_not_move_under_clat():
     clat = CLAT(select="fixed", layers=("second",), lam=0.7)
     live = stack(PGDAT(), clat, AWP(gamma=0.05)).bind(model, attack=PGD2)
     live.epoch_start(0, [(X, Y)])
-    adv = live.perturb(Batch(X, Y), generator=torch.Generator().manual_seed(0))
+    adv = live.perturb(Batch(X, Y), generator=torch.Generator().manual_seed(0)).elsewhere()
     (gradient,) = torch.autograd.grad(live.inner.loss(adv).loss, [model.second.weight])
     moved = deepcopy(model)
     moved.second.weight.data += 0.05 * moved.second.weight.data.norm() / gradient.norm() * gradient

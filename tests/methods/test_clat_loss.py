@@ -219,7 +219,7 @@ def when_halved(norm_stats):
         model.head.fc.weight.mul_(100)
     live = bound(model, ("conv1",), lam=1.0, norm_stats=norm_stats)
     model.train()
-    adv = live.perturb(Batch(X, Y), generator=generator(0, "attack", 0))
+    adv = live.perturb(Batch(X, Y), generator=generator(0, "attack", 0)).elsewhere()
     before, logits = live.loss(adv).terms["feature"], model(X)
     with torch.no_grad():
         model.conv1.weight.mul_(0.5)
@@ -314,3 +314,22 @@ def test_truncation_changes_no_weight_and_no_buffer_whatever_batch_norm_does(nor
             optimizer.step()
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("base", ["clean_ce", "adv_ce", "inner"])
+@pytest.mark.parametrize(("name", "shared"), [("normed", True), ("backwards", True), ("dropouts", False)])
+def test_attack_and_loss_share_one_clean_pass_where_it_is_the_same_in_both(base, name, shared):
+    model = build(name)
+    layer = {"normed": "conv1", "backwards": "second", "dropouts": "mix"}[name]
+    live = bound(model, (layer,), lam=0.7, base=base, inner=PGDAT() if base == "inner" else None)
+    model.train()
+    adv = live.perturb(Batch(X, Y), generator=generator(0, "attack", 0))
+    assert (adv.clean is not None) == shared
+    if shared:
+        assert torch.equal(adv.x_adv, perturbed(model, (layer,))) or base == "inner"
+        torch.testing.assert_close(live.loss(adv).loss, live.loss(adv.elsewhere()).loss)
+
+
+def test_moving_statistics_leave_each_its_own_clean_pass():
+    live = bound(build("normed"), ("conv2",), lam=0.7, norm_stats="update")
+    assert live.perturb(Batch(X, Y), generator=generator(0, "attack", 0)).clean is None

@@ -217,7 +217,7 @@ def test_behind_clat_it_halves_the_loss_of_clat(base):
     clat = CLAT(select="fixed", layers=("conv2",), lam=0.5, base=base)
     live = stack(PGDAT(), clat, TWINS(lam=0.0)).bind(model, attack=PGD2)
     live.epoch_start(0, [(X, Y)])
-    adv = perturbed(live, X)
+    adv = perturbed(live, X).elsewhere()
     half = Batch(X[ADAPTIVE], Y[ADAPTIVE])
     inner = None if adv.inner is None else adv.inner._replace(batch=half, x_adv=adv.inner.x_adv[ADAPTIVE])
     expected = live.inner.loss(adv._replace(batch=half, x_adv=adv.x_adv[ADAPTIVE], inner=inner)).loss

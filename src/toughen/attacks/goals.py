@@ -1,8 +1,8 @@
 """What an attack maximises. A goal is bound to a clean batch and then scores perturbed images, per sample."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -112,11 +112,13 @@ class FeatureShift:
         layers: Qualified names of the layers S.
         norm: How one layer's difference is measured, see ``feature_distance``.
         stop_early: Leave out what follows the deepest layer of S: same perturbation, less work.
+        clean: F_i(x) by layer, [B, ...], where a forward has it already; None computes it.
     """
 
     layers: tuple[str, ...]
     norm: FeatureNorm = "l2"
     stop_early: bool = True
+    clean: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -125,7 +127,8 @@ class FeatureShift:
     def bind(self, view: ModelView, x: Tensor, y: Tensor) -> Objective:
         """See ``Goal.bind``; ``y`` is not used."""
         with torch.no_grad():
-            clean = view.features(x, self.layers, stop_early=self.stop_early).values
+            known = self.clean or view.features(x, self.layers, stop_early=self.stop_early).values
+        clean = {name: feature.detach() for name, feature in known.items()}
 
         def shift(x_adv: Tensor) -> Tensor:
             distances = view.features(

@@ -23,8 +23,10 @@ def flops_per_image(live: Live, batch: Batch) -> float:
         batch: A few images; the count per image does not depend on how many. Replays count.
     """
     twin = deepcopy(live)
-    with random_state_kept(twin.model), _Counter() as counter:
-        torch.autograd.backward(twin.on(batch).loss)
+    with random_state_kept(twin.model):
+        twin.on(batch)  # what a first step looks up is no part of the others
+        with _Counter() as counter:
+            torch.autograd.backward(twin.on(batch).loss)
     return float(counter.total) * live.replays / len(batch.x)
 
 

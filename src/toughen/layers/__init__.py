@@ -5,10 +5,9 @@ from toughen.layers.folding import norms_folded
 from toughen.layers.layer_map import Layer, LayerMap, map_layers
 from toughen.layers.taps import tap
 from toughen.layers.trainable import NormStats, TrainableSet
-from toughen.layers.view import Features, ModelView
+from toughen.layers.view import ModelView
 
 __all__ = [
-    "Features",
     "Granularity",
     "Layer",
     "LayerMap",

@@ -42,7 +42,8 @@ def norms_folded(model: nn.Module, example: Tensor, *, keep: Collection[str] = (
     try:
         for name, norm_name in _pairs(model, example) if foldable else ():
             layer, norm = modules[name], modules[norm_name]
-            if {name, norm_name} & set(keep) or norm.training or _has_hooks(layer) or _has_hooks(norm):
+            free = not (layer in FOLDED or norm.training or _has_hooks(layer) or _has_hooks(norm))
+            if not free or {name, norm_name} & set(keep):
                 continue
             weight, bias = _folded(layer, norm)
             undo.append((layer, norm, dict(layer._parameters)))

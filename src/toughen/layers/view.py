@@ -1,8 +1,7 @@
 """How attacks and objectives look at a model: its logits, and its features with a forward that may stop early."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from toughen.errors import InputError
 from toughen.layers.folding import FOLDED
 from toughen.layers.taps import submodule, tap
+from toughen.types import Features
 
 Reduce = Callable[[str, Tensor], Tensor]
 
@@ -19,19 +19,6 @@ class _AllSeen(BaseException):
 
     A ``BaseException``, so that no ``except Exception`` inside a model's forward can swallow it.
     """
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a (possibly truncated) forward yields.
-
-    Attributes:
-        values: The reduced feature of each requested layer, by qualified name.
-        logits: [B, K], or None when the forward stopped early.
-    """
-
-    values: Mapping[str, Tensor]
-    logits: Tensor | None
 
 
 class ModelView:

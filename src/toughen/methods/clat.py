@@ -1,7 +1,8 @@
 """CLAT: tune the few most critical layers to be less so, re-chosen every ten epochs (section 3, Algorithm 1)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -12,14 +13,14 @@ from toughen.attacks import Attack, FeatureNorm, FeatureShift, fgsm_rs
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS, Fixed, Selection, SelectionRule
 from toughen.errors import InputError, check_choices
-from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers
-from toughen.layers.taps import mode
+from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers, norms_folded
+from toughen.layers.taps import buffers_kept, mode, random_state_kept
 from toughen.methods.wrapper import LiveWrapper, Wrapper
 from toughen.objectives import METHODS, Live, Method, feature_loss
 from toughen.objectives.cross_entropy import cross_entropy
 from toughen.objectives.feature_loss import LayerGradient
 from toughen.rng import generator, stream_seed
-from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
+from toughen.types import AdversarialBatch, Batch, Batches, Features, StepOutput
 
 
 @METHODS.register("clat")
@@ -198,6 +199,7 @@ class LiveCLAT(LiveWrapper):
         self.first_epoch: int | None = None
         self.lam: float = 0.0 if settings.lam == "auto" else float(settings.lam)
         self._layers: tuple[Layer, ...] = ()
+        self._shares_clean = False
 
     # -- what trains ------------------------------------------------------------------------------
 
@@ -219,6 +221,7 @@ class LiveCLAT(LiveWrapper):
         choice = self._trainable_rows(report)
         names = self.settings.rule()(choice, k, classifier=self.settings.classifier == "include", generator=draw)
         self._train_only(names, optimizer)
+        self._shares_clean = self._looks_alike_in_attack(images[0])
         if self.first_epoch is None:
             self.first_epoch = epoch
             if self.settings.lam == "auto":
@@ -367,53 +370,90 @@ class LiveCLAT(LiveWrapper):
         inner = self.inner.perturb(batch, generator=generator) if self._keeps_inner else None
         if self.lam == 0 and self.settings.base != "adv_ce":
             return AdversarialBatch(batch, batch.x, inner)
-        return AdversarialBatch(batch, self._feature_perturb(batch, generator), inner)
+        clean = self._clean_pass(batch.x) if self._shares_clean and self.lam else None
+        return AdversarialBatch(batch, self._feature_perturb(batch, generator, clean), inner, clean=clean)
 
     def loss(self, adv: AdversarialBatch) -> StepOutput:
         """Return Eq. 6: the base loss plus ``lam`` times L_C of the selected layers."""
         if not self._layers:
             return self.inner.loss(adv)
         self._apply_mode()
-        batch, settings = adv.batch, self.settings
-        clean: Mapping[str, Tensor] | None = None
+        settings, clean = self.settings, adv.clean
         if settings.base == "inner":
             assert adv.inner is not None
-            output = self.inner.loss(adv.inner)
-            base, terms = output.loss, output.terms
+            base = self.inner.loss(adv.inner)
         elif settings.base == "adv_ce":
-            base = cross_entropy(self.view(adv.x_adv), batch.y)
-            terms = {"adv_ce": base.detach()}
+            with self._folded(adv.batch.x):
+                loss = cross_entropy(self.view(adv.x_adv), adv.batch.y)
+            base = StepOutput(loss, {"adv_ce": loss.detach()})
         else:
-            features = self.view.features(batch.x, self._names if self.lam else ())
-            assert features.logits is not None
-            clean = features.values or None
-            base = cross_entropy(features.logits, batch.y)
-            terms = {"clean_ce": base.detach()}
+            clean = clean or self._clean_pass(adv.batch.x)
+            assert clean.logits is not None
+            loss = cross_entropy(clean.logits, adv.batch.y)
+            base = StepOutput(loss, {"clean_ce": loss.detach()})
         if self.lam == 0:
-            return StepOutput(base, terms)
-        distance = feature_loss(
-            self.view,
-            batch.x,
-            adv.x_adv,
-            self._names,
-            norm=settings.feature_norm,
-            clean=clean,
-            clean_grad=settings.clean_grad,
-            layer_grad=settings.layer_grad,
-            # where statistics move, every batch norm must see both batches, whatever is selected
-            stop_early=settings.forward == "truncated" and settings.norm_stats == "frozen",
-        )
-        return StepOutput(base + self.lam * distance, {**terms, "feature": distance.detach()})
+            return base
+        with self._folded(adv.batch.x):
+            distance = feature_loss(
+                self.view,
+                adv.batch.x,
+                adv.x_adv,
+                self._names,
+                norm=settings.feature_norm,
+                clean=None if clean is None else clean.values,
+                clean_grad=settings.clean_grad,
+                layer_grad=settings.layer_grad,
+                stop_early=self._stops_early,
+            )
+        return StepOutput(base.loss + self.lam * distance, {**base.terms, "feature": distance.detach()})
+
+    def _clean_pass(self, x: Tensor) -> Features:
+        """F_i(x) of the selected layers, as the loss needs it, and the logits where it needs them too."""
+        names = self._names if self.lam else ()
+        with self._folded(x):
+            if self.settings.base == "clean_ce":
+                return self.view.features(x, names)
+            keep = self.settings.clean_grad == "keep" and self.settings.layer_grad == "flow"
+            with torch.set_grad_enabled(torch.is_grad_enabled() and keep):
+                return self.view.features(x, names, stop_early=self._stops_early)
+
+    @property
+    def _stops_early(self) -> bool:
+        # where statistics move, every batch norm must see both batches, whatever is selected
+        return self.settings.forward == "truncated" and self.settings.norm_stats == "frozen"
+
+    @contextmanager
+    def _folded(self, x: Tensor) -> Iterator[None]:
+        """Frozen batch norm is folded here if it is in the attack."""
+        fold = getattr(self.attack, "fold_norms", False)
+        with norms_folded(self.model, x, keep=self._names) if fold else nullcontext():
+            yield
+
+    def _looks_alike_in_attack(self, images: Tensor) -> bool:
+        """Whether the features of a step are bit for bit those in eval mode, so that an attack can have them too."""
+        x, names = images.to(next(self.model.parameters()).device), self._names
+        with (
+            torch.no_grad(),
+            mode(self.model, training=True),
+            buffers_kept(self.model),
+            random_state_kept(self.model),
+        ):
+            self._apply_mode()
+            in_step = self.view.features(x, names, stop_early=True).values
+            with mode(self.model, training=False):
+                in_attack = self.view.features(x, names, stop_early=True).values
+        return all(torch.equal(in_step[name], in_attack[name]) for name in names)
 
     def _apply_mode(self) -> None:
         assert self.trainable_set is not None
         self.trainable_set.apply_mode()
 
-    def _feature_perturb(self, batch: Batch, draw: torch.Generator) -> Tensor:
+    def _feature_perturb(self, batch: Batch, draw: torch.Generator, clean: Features | None = None) -> Tensor:
         goal = FeatureShift(
             layers=self._names,
             norm=self.settings.feature_norm,
             stop_early=self.settings.forward == "truncated",
+            clean=None if clean is None else clean.values,
         )
         return self.feature_attack(self.model, batch.x, batch.y, goal=goal, start=batch.start, generator=draw)
 
@@ -425,6 +465,7 @@ class LiveCLAT(LiveWrapper):
             **super().state_dict(),
             "first_epoch": self.first_epoch,
             "lam": self.lam,
+            "shares_clean": self._shares_clean,
             "selected": [asdict(layer) for layer in self._layers],
         }
 
@@ -437,6 +478,7 @@ class LiveCLAT(LiveWrapper):
             parameter.requires_grad_(True)
         super().load_state_dict(state)
         self.first_epoch, self.lam = state["first_epoch"], state["lam"]
+        self._shares_clean = state["shares_clean"]
         layers = tuple(Layer(**{**layer, "parameters": tuple(layer["parameters"])}) for layer in state["selected"])
         if layers:
             self._select(layers)

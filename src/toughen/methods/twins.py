@@ -110,6 +110,7 @@ class LiveTWINS(LiveWrapper):
         """Return ``lam`` times the inner loss of every second image in the frozen net, plus that of the others."""
         if not self._started or len(adv.x_adv) < 2:
             return self.inner.loss(adv)
+        adv = adv.elsewhere()
         frozen = self._frozen_loss(_rows(adv, slice(1, None, 2)))
         adaptive = self.inner.loss(_rows(adv, slice(0, None, 2)))
         loss = self.settings.lam * frozen + adaptive.loss

@@ -146,4 +146,4 @@ class InnerLoss(nn.Module):
 
     def forward(self, adv: AdversarialBatch) -> StepOutput:
         """Return ``inner.loss(adv)``."""
-        return self.inner.loss(adv)
+        return self.inner.loss(adv.elsewhere())
