@@ -8,7 +8,7 @@ from toughen.objectives import METHODS
 PAGE = Path(__file__).parents[1] / "docs" / "methods" / "conformance.md"
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
 def test_every_method_keeps_its_promises_as_the_table_says(name, tmp_path):
     cells = row(name, tmp_path)
     assert "NO" not in cells.values()
@@ -20,7 +20,8 @@ def test_the_page_holds_every_method_once_and_nothing_else():
     assert page.startswith(PREFACE)
     rows = [text for text in page.splitlines() if text.startswith("| `")]
     assert [text.split("`")[1] for text in rows] == list(EXAMPLES)
-    assert set(EXAMPLES) == set(METHODS)
+    ours = {name for name, method in METHODS.items() if method.__module__.startswith("toughen.")}  # others may register
+    assert set(EXAMPLES) == ours
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from as_found import left_as_found, same
 from toughen.attacks import PGD, CrossEntropy, FeatureShift, fgsm_rs
+from toughen.engine.flops import flops_per_image
 from toughen.layers import ModelView
 from toughen.methods import CLAT, stack
 from toughen.objectives import PGDAT, CleanCE
@@ -318,7 +319,7 @@ def test_truncation_changes_no_weight_and_no_buffer_whatever_batch_norm_does(nor
 
 @pytest.mark.parametrize("base", ["clean_ce", "adv_ce", "inner"])
 @pytest.mark.parametrize(("name", "shared"), [("normed", True), ("backwards", True), ("dropouts", False)])
-def test_attack_and_loss_share_one_clean_pass_where_it_is_the_same_in_both(base, name, shared):
+def test_attack_and_loss_share_one_clean_forward_where_it_is_the_same_in_both(base, name, shared):
     model = build(name)
     layer = {"normed": "conv1", "backwards": "second", "dropouts": "mix"}[name]
     live = bound(model, (layer,), lam=0.7, base=base, inner=PGDAT() if base == "inner" else None)
@@ -330,6 +331,20 @@ def test_attack_and_loss_share_one_clean_pass_where_it_is_the_same_in_both(base,
         torch.testing.assert_close(live.loss(adv).loss, live.loss(adv.elsewhere()).loss)
 
 
-def test_moving_statistics_leave_each_its_own_clean_pass():
+def test_moving_statistics_leave_each_its_own_clean_forward():
     live = bound(build("normed"), ("conv2",), lam=0.7, norm_stats="update")
     assert live.perturb(Batch(X, Y), generator=generator(0, "attack", 0)).clean is None
+
+
+def test_repeating_the_clean_forward_changes_nothing_but_the_work():
+    found = []
+    for clean_forward in ("shared", "repeated"):
+        model = build("normed")
+        live = bound(model, ("conv2",), lam=0.7, clean_forward=clean_forward)
+        model.train()
+        operations = flops_per_image(live, Batch(X, Y))
+        live(X, Y).loss.backward()
+        found.append((operations, gradients(model)))
+    (shared, with_shared), (repeated, with_repeated) = found
+    assert all(same(with_shared[name], with_repeated[name]) for name in with_shared)
+    assert shared < repeated

@@ -1,8 +1,7 @@
 """CLAT: tune the few most critical layers to be less so, re-chosen every ten epochs (section 3, Algorithm 1)."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,7 @@ from toughen.attacks import Attack, FeatureNorm, FeatureShift, fgsm_rs
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS, Fixed, Selection, SelectionRule
 from toughen.errors import InputError, check_choices
-from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers, norms_folded
+from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers
 from toughen.layers.taps import buffers_kept, mode, random_state_kept
 from toughen.methods.wrapper import LiveWrapper, Wrapper
 from toughen.objectives import METHODS, Live, Method, feature_loss
@@ -58,6 +57,8 @@ class CLAT(Wrapper):
         lr_scale: Factor on the scheduled learning rate while CLAT is active [16]. The loop applies it.
         forward: ``"truncated"`` stops attacks, and with frozen statistics L_C too, at the deepest selected layer;
             ``"full"`` runs all: same result [30].
+        clean_forward: ``"shared"`` lets attack and loss have one forward of the clean images, wherever it is the same
+            in both; its activations are held during the attack. ``"repeated"`` holds less, for more work: same result.
         probe_size: Training images per selection, 10 to 100 in the paper (Table 10) [21].
         classifier: Whether the classifier may be selected (``"include"``) [5].
         criticality: How the index is measured [3, 4, 6-10].
@@ -86,6 +87,7 @@ class CLAT(Wrapper):
     lr: Literal["continue", "restart"] = "continue"
     lr_scale: float = 1.0
     forward: Literal["truncated", "full"] = "truncated"
+    clean_forward: Literal["shared", "repeated"] = "shared"
     probe_size: int = 100
     classifier: Literal["exclude", "include"] = "exclude"
     criticality: CriticalityOptions = field(default_factory=CriticalityOptions)
@@ -221,7 +223,7 @@ class LiveCLAT(LiveWrapper):
         choice = self._trainable_rows(report)
         names = self.settings.rule()(choice, k, classifier=self.settings.classifier == "include", generator=draw)
         self._train_only(names, optimizer)
-        self._shares_clean = self._looks_alike_in_attack(images[0])
+        self._shares_clean = self.settings.clean_forward == "shared" and self._looks_alike_in_attack(images[0])
         if self.first_epoch is None:
             self.first_epoch = epoch
             if self.settings.lam == "auto":
@@ -383,8 +385,7 @@ class LiveCLAT(LiveWrapper):
             assert adv.inner is not None
             base = self.inner.loss(adv.inner)
         elif settings.base == "adv_ce":
-            with self._folded(adv.batch.x):
-                loss = cross_entropy(self.view(adv.x_adv), adv.batch.y)
+            loss = cross_entropy(self.view(adv.x_adv), adv.batch.y)
             base = StepOutput(loss, {"adv_ce": loss.detach()})
         else:
             clean = clean or self._clean_pass(adv.batch.x)
@@ -393,41 +394,32 @@ class LiveCLAT(LiveWrapper):
             base = StepOutput(loss, {"clean_ce": loss.detach()})
         if self.lam == 0:
             return base
-        with self._folded(adv.batch.x):
-            distance = feature_loss(
-                self.view,
-                adv.batch.x,
-                adv.x_adv,
-                self._names,
-                norm=settings.feature_norm,
-                clean=None if clean is None else clean.values,
-                clean_grad=settings.clean_grad,
-                layer_grad=settings.layer_grad,
-                stop_early=self._stops_early,
-            )
+        distance = feature_loss(
+            self.view,
+            adv.batch.x,
+            adv.x_adv,
+            self._names,
+            norm=settings.feature_norm,
+            clean=None if clean is None else clean.values,
+            clean_grad=settings.clean_grad,
+            layer_grad=settings.layer_grad,
+            stop_early=self._stops_early,
+        )
         return StepOutput(base.loss + self.lam * distance, {**base.terms, "feature": distance.detach()})
 
     def _clean_pass(self, x: Tensor) -> Features:
         """F_i(x) of the selected layers, as the loss needs it, and the logits where it needs them too."""
         names = self._names if self.lam else ()
-        with self._folded(x):
-            if self.settings.base == "clean_ce":
-                return self.view.features(x, names)
-            keep = self.settings.clean_grad == "keep" and self.settings.layer_grad == "flow"
-            with torch.set_grad_enabled(torch.is_grad_enabled() and keep):
-                return self.view.features(x, names, stop_early=self._stops_early)
+        if self.settings.base == "clean_ce":
+            return self.view.features(x, names)
+        keep = self.settings.clean_grad == "keep" and self.settings.layer_grad == "flow"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and keep):
+            return self.view.features(x, names, stop_early=self._stops_early)
 
     @property
     def _stops_early(self) -> bool:
         # where statistics move, every batch norm must see both batches, whatever is selected
         return self.settings.forward == "truncated" and self.settings.norm_stats == "frozen"
-
-    @contextmanager
-    def _folded(self, x: Tensor) -> Iterator[None]:
-        """Frozen batch norm is folded here if it is in the attack."""
-        fold = getattr(self.attack, "fold_norms", False)
-        with norms_folded(self.model, x, keep=self._names) if fold else nullcontext():
-            yield
 
     def _looks_alike_in_attack(self, images: Tensor) -> bool:
         """Whether the features of a step are bit for bit those in eval mode, so that an attack can have them too."""
