@@ -25,12 +25,12 @@ def flops_per_image(live: Live, batch: Batch) -> float:
     twin = deepcopy(live)
     with random_state_kept(twin.model):
         twin.on(batch)  # what a first step looks up is no part of the others
-        with _Counter() as counter:
+        with OperationCounter() as counter:
             torch.autograd.backward(twin.on(batch).loss)
     return float(counter.total) * live.replays / len(batch.x)
 
 
-class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves this class untyped
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves this class untyped
     """Sums torch's own formulas. Its ``FlopCounterMode`` hooks modules, which ``autograd.grad`` on an image refuses."""
 
     def __init__(self) -> None:
