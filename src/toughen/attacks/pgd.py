@@ -1,15 +1,17 @@
 """Projected gradient ascent (Madry et al. 2018) on any goal: the inner maximisation of adversarial training."""
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from toughen.attacks.goals import CrossEntropy, Goal, Objective
+from toughen.attacks.goals import CrossEntropy, FeatureShift, Goal, Objective
+from toughen.attacks.recording import can_record, recorded
 from toughen.attacks.threat import BALLS
 from toughen.errors import InputError
 from toughen.layers import ModelView, norms_folded
@@ -18,6 +20,8 @@ from toughen.rng import from_global_state
 from toughen.types import ThreatModel
 
 ModelMode = Literal["eval", "unchanged"]
+Found = tuple[Tensor, Tensor]  # perturbed images, and what the goal says of each
+Search = Callable[[Tensor], Found]
 
 
 class Attack(Protocol):
@@ -60,6 +64,8 @@ class PGD:
             up with this factor on their sum so far; 0 is plain PGD.
         fold_norms: Compute batch norm in eval mode by the convolution before it: the same up to rounding, in less time
             and memory, see ``norms_folded``.
+        cuda_graph: On a CUDA device, record the whole search once as a CUDA graph and replay it: the same, with less
+            for the host to do. The recording keeps the memory of an attack. Elsewhere it changes nothing.
 
     Raises:
         InputError: A setting is out of its range.
@@ -74,6 +80,7 @@ class PGD:
     model_mode: ModelMode = "eval"
     momentum: float = 0.0
     fold_norms: bool = True
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.step_size) and self.step_size >= 0):
@@ -87,6 +94,8 @@ class PGD:
             raise InputError(f"attack keep is {self.keep!r}; allowed: last, worst")
         if self.model_mode not in ("eval", "unchanged"):
             raise InputError(f"attack model_mode is {self.model_mode!r}; allowed: eval, unchanged")
+        if self.cuda_graph and self.model_mode != "eval":
+            raise InputError("attack cuda_graph needs model_mode='eval': a recording can't put batch statistics back")
         if self.restarts > 1 and not self.random_start:
             raise InputError(f"{self.restarts} restarts without random_start would all be the same; set one of them")
 
@@ -126,31 +135,54 @@ class PGD:
         goal = CrossEntropy() if goal is None else goal
         generator = from_global_state(x.device) if generator is None else generator
         x = x.detach()
-        with self._as_found(model, x, goal):
-            objective = goal.bind(ModelView(model), x, y)
-            best, best_value = self._search(objective, x, eps, start, generator)
-            for _ in range(self.restarts - 1):
-                x_adv, value = self._search(objective, x, eps, None, generator)
-                best, best_value = _worse(best, best_value, x_adv, value)
-        return best
-
-    def _search(
-        self, objective: Objective, x: Tensor, eps: Tensor | None, start: Tensor | None, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """One start: the iterate kept, and its goal ([B]; zeros where nobody will compare it)."""
-        ball = BALLS[self.threat.norm]
-        low, high = self.threat.bounds
         per_sample = (-1, *[1] * (x.dim() - 1))
         budget = torch.full((x.shape[0],), self.threat.eps, device=x.device) if eps is None else eps
         radius = budget.to(x).view(per_sample)
-        step_size = self.step_size if eps is None else self.step_size / self.threat.eps * radius
+        step_size = (
+            torch.full_like(radius, self.step_size) if eps is None else self.step_size / self.threat.eps * radius
+        )
+        with self._as_found(model), ExitStack() as stack:
+            if self.cuda_graph and can_record(x):
+                search = self._recorded_search(model, x, y, goal, radius, step_size)
+            else:
+                stack.enter_context(self._folded(model, x, goal))
+                search = partial(self._search, goal.bind(ModelView(model), x, y), x, radius, step_size)
+            best = search(self._begin(x, radius, start, generator))
+            for _ in range(self.restarts - 1):
+                best = _worse(*best, *search(self._begin(x, radius, None, generator)))
+        return best[0]
 
-        x_adv = x.clone() if start is None else start.detach()
-        if start is None and self.random_start:
-            x_adv = (x_adv + ball.sample(x, radius, generator)).clamp_(low, high)
-        if start is not None and self.keep == "worst":  # the start itself may be returned
-            x_adv = (x + ball.project(x_adv - x, radius)).clamp_(low, high)
-        best, best_value = x_adv, torch.full((x.shape[0],), -math.inf, device=x.device)
+    def _recorded_search(
+        self, model: nn.Module, x: Tensor, y: Tensor, goal: Goal, radius: Tensor, step_size: Tensor
+    ) -> Search:
+        """``_search`` from a recording, for which the features that a goal was given are an input like the images."""
+        given = goal.clean or {} if isinstance(goal, FeatureShift) else {}
+
+        def search(begin: Tensor, x: Tensor, y: Tensor, radius: Tensor, step_size: Tensor, *features: Tensor) -> Found:
+            seen = goal
+            if isinstance(goal, FeatureShift) and given:
+                seen = replace(goal, clean=dict(zip(given, features, strict=True)))
+            with self._folded(model, x, goal):  # inside: weights are folded anew in each replay
+                return self._search(seen.bind(ModelView(model), x, y), x, radius, step_size, begin)
+
+        key, others = (self, goal, tuple(given)), (x, y, radius, step_size, *given.values())
+        return lambda begin: recorded(model, key, search, (begin, *others))
+
+    def _begin(self, x: Tensor, radius: Tensor, start: Tensor | None, generator: torch.Generator) -> Tensor:
+        """Where a search begins."""
+        ball = BALLS[self.threat.norm]
+        if start is not None:
+            start = start.detach()
+            # with "worst" the start itself may be returned
+            return (x + ball.project(start - x, radius)).clamp_(*self.threat.bounds) if self.keep == "worst" else start
+        return (x + ball.sample(x, radius, generator)).clamp_(*self.threat.bounds) if self.random_start else x.clone()
+
+    def _search(self, objective: Objective, x: Tensor, radius: Tensor, step_size: Tensor, begin: Tensor) -> Found:
+        """One start: the iterate kept, and its goal ([B]; -inf where nobody will compare it)."""
+        ball = BALLS[self.threat.norm]
+        per_sample = (-1, *[1] * (x.dim() - 1))
+        x_adv = best = begin
+        best_value = torch.full((x.shape[0],), -math.inf, device=x.device)
         velocity = torch.zeros_like(x)
         for _ in range(self.steps):
             x_adv = x_adv.detach().requires_grad_(True)  # a new tensor: ``best`` may be this very iterate
@@ -165,7 +197,7 @@ class PGD:
                 size = gradient.abs().flatten(1).mean(dim=1).clamp_min(torch.finfo(x.dtype).tiny).view(per_sample)
                 gradient = velocity = self.momentum * velocity + gradient / size
             delta = ball.project(x_adv + step_size * ball.ascend(gradient) - x, radius)
-            x_adv = (x + delta).clamp_(low, high)
+            x_adv = (x + delta).clamp_(*self.threat.bounds)
         if self.keep == "last" and self.restarts == 1:
             return x_adv, best_value
         with torch.no_grad():
@@ -173,19 +205,22 @@ class PGD:
         return _worse(best, best_value, x_adv, value) if self.keep == "worst" else (x_adv, value)
 
     @contextmanager
-    def _as_found(self, model: nn.Module, x: Tensor, goal: Goal) -> Iterator[None]:
+    def _folded(self, model: nn.Module, x: Tensor, goal: Goal) -> Iterator[None]:
+        with norms_folded(model, x, keep=getattr(goal, "layers", ())) if self.fold_norms else nullcontext():
+            yield
+
+    @contextmanager
+    def _as_found(self, model: nn.Module) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(without_weight_gradients(model))
             if self.model_mode == "eval":
                 stack.enter_context(mode(model, training=False))
             stack.enter_context(buffers_kept(model))
             stack.enter_context(random_state_kept(model))
-            if self.fold_norms:
-                stack.enter_context(norms_folded(model, x, keep=getattr(goal, "layers", ())))
             yield
 
 
-def _worse(a: Tensor, value_a: Tensor, b: Tensor, value_b: Tensor) -> tuple[Tensor, Tensor]:
+def _worse(a: Tensor, value_a: Tensor, b: Tensor, value_b: Tensor) -> Found:
     """Per sample, the images whose goal is larger; the first on a tie."""
     better = value_b > value_a
     mask = better.view(-1, *[1] * (a.dim() - 1))

@@ -31,6 +31,7 @@ from toughen.engine.provenance import provenance
 from toughen.engine.recipe import Recipe
 from toughen.errors import InputError
 from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
+from toughen.layers import compile_forward
 from toughen.layers.taps import random_state_kept
 from toughen.objectives import PGDAT
 from toughen.processes import sigterm_interrupts
@@ -104,6 +105,8 @@ class Trainer:
             models.check_fit(model, image_shape=self.data.train.shape, num_classes=len(self.data.train.classes))
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
+        if self.settings.compile:
+            compile_forward(self.model)
         self.loader = training_loader(recipe, self.data, self.device)
         check_methods(recipe, self.model, self.data)
         self.show_progress = show_progress

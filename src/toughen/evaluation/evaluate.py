@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import islice
 from typing import Any
@@ -14,14 +15,15 @@ from torch import Tensor, nn
 
 from toughen import processes
 from toughen.attacks.probabilities import at_least_float32
-from toughen.errors import InputError
+from toughen.errors import InputError, first_line
 from toughen.evaluation.counting import counted
 from toughen.evaluation.journal import Journal
 from toughen.evaluation.masking import check_model
 from toughen.evaluation.outcomes import EvalResult, Stage
 from toughen.evaluation.samples import CLEAN, STANDS, Found, Samples, chunked, rounded
 from toughen.evaluation.sanity import check_results
-from toughen.evaluation.suites import EvalAttack, Search
+from toughen.evaluation.sharing import shared
+from toughen.evaluation.suites import EvalAttack, Search, check_attack
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
 from toughen.rng import generator
 from toughen.types import Batch, Batches, ThreatModel, check_images
@@ -84,10 +86,12 @@ def evaluate(
         One result per attack, by name.
 
     Raises:
-        InputError: No batches, images that are not finite, not in [0, 1] or in half precision, labels that are none of
-            the model's classes, batches that come in another order when they are iterated again, an attack that is
-            named twice, an attack that leaves the image box, or a journal that is damaged.
+        InputError: No batches, images that are not finite, not in [0, 1] or in half precision, a model that fails on
+            them, labels that are none of its classes, batches that come in another order when they are iterated again,
+            what is no ``EvalAttack``, an attack that is named twice or leaves the image box, or a damaged journal.
     """
+    for attack in attacks:
+        check_attack(attack)
     names = [attack.name for attack in attacks]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"attack {repeated[0]!r} is named twice; name each once")
@@ -187,8 +191,9 @@ class _Evaluation:
             while turn := list(islice(chunks, ranks)):
                 first = done // self.batch_size
                 self.progress(title, done, len(places))
-                mine = self._attack(search, attack, number, first + rank, *turn[rank]) if rank < len(turn) else None
-                for found, cost in processes.gathered(mine):
+                place = (number, first + rank)
+                mine = partial(self._attack, search, attack, *place, *turn[rank]) if rank < len(turn) else None
+                for found, cost in shared(mine):
                     samples.take(found, number)
                     stages[number] = _added(stages[number], cost)
                 done = stages[number].attacked
@@ -273,10 +278,10 @@ def shown(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     """Which samples the model gets right, [B]; their cross-entropy, [B]; how many classes there are.
 
     Raises:
-        InputError: A label that is none of the model's classes.
+        InputError: The model fails on the images, or a label is none of its classes.
     """
     with torch.no_grad():
-        logits = at_least_float32(model(x))
+        logits = at_least_float32(_logits(model, x))
         if int(y.min()) < 0 or int(y.max()) >= logits.shape[1]:
             raise InputError(
                 f"labels range from {int(y.min())} to {int(y.max())}; "
@@ -286,6 +291,19 @@ def shown(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, int]:
     # argmax would pick a class among NaNs too
     right: Tensor = (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
     return right, loss, logits.shape[1]
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        found: Tensor = model(x)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a user's own forward can raise anything
+        raise InputError(
+            f"the model {type(model).__name__} fails on images of shape {list(x.shape)}: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+    return found
 
 
 def _check_precise(x: Tensor) -> None:

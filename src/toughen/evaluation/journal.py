@@ -5,15 +5,18 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from toughen import processes
 from toughen.data import Images
 from toughen.errors import InputError
 from toughen.evaluation.outcomes import EvalResult
+from toughen.evaluation.sharing import shared
 from toughen.run_folder import file_name, write_text
 
 _SECONDS = 10.0  # between two writes of an unfinished attack: a SIGKILL loses no more
@@ -26,8 +29,10 @@ class Journal:
     A file is taken up again when everything that decides its outcomes is as it was: name, settings, seed, batch
     size, facts, versions and kind of device. Otherwise it is replaced.
 
+    Where several processes share an evaluation, the first one reads for all of them, and writes.
+
     Args:
-        folder: Made when needed.
+        folder: Made when needed; that of the first process counts.
         facts: What tells this evaluation from others, as plain values: checksums of the weights and the images.
         again: Repeat what is complete already.
     """
@@ -39,23 +44,27 @@ class Journal:
     _written: float = field(default=0.0, init=False)
 
     def find(self, empty: EvalResult) -> EvalResult | None:
-        """Return what is known of an attack, of which ``empty`` tells everything but the outcomes.
+        """Return what is known of an attack, of which ``empty`` tells everything but the outcomes, to all processes.
 
         Raises:
             InputError: The file can't be read.
         """
+        [(found,)] = shared(partial(self._read, empty) if processes.rank() == 0 else None)
+        if found is not None and found.complete:
+            self.reused.append(found.attack)
+        return found
+
+    def _read(self, empty: EvalResult) -> tuple[EvalResult | None]:
         file = self._file(empty.attack)
         if not file.is_file():
-            return None
+            return (None,)
         try:
             found = EvalResult.from_dict(json.loads(file.read_text()))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error}); delete it to measure {empty.attack} anew") from None
         if _identity(found) != _identity(empty) or (found.complete and self.again):
-            return None
-        if found.complete:
-            self.reused.append(found.attack)
-        return found
+            return (None,)
+        return (found,)
 
     def due(self) -> bool:
         """Whether enough time has passed to write once more."""

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -45,10 +45,16 @@ class EvalAttack:
         name: Under which its result is found.
         attack: One search; or a suite, whose named searches run in order, each on what still stands; or None, which
             leaves the images clean.
+
+    Raises:
+        InputError: A search whose settings can't be recorded: no dataclass, or one whose fields are no plain values.
     """
 
     name: str
     attack: Search | Suite | None = None
+
+    def __post_init__(self) -> None:
+        self.settings()  # refused here, not after the first images
 
     @property
     def stages(self) -> Suite:
@@ -59,9 +65,39 @@ class EvalAttack:
 
     def settings(self) -> dict[str, Any]:
         """Return norm, eps, steps and so on as plain values; of each stage where there are several."""
-        settings = {name: asdict(search) for name, search in self.stages}  # type: ignore[call-overload]
-        plain: dict[str, Any] = json.loads(json.dumps(settings))
+        plain = {name: _recorded(self.name, search) for name, search in self.stages}
         return plain if isinstance(self.attack, tuple) else plain.get(self.name, {})
+
+
+def _recorded(name: str, search: Search) -> dict[str, Any]:
+    if not is_dataclass(search) or isinstance(search, type):
+        given = getattr(search, "__name__", type(search).__name__)
+        raise InputError(
+            f"attack {name!r}: {given} is no dataclass instance; make it a (frozen) dataclass that is called as "
+            "attack(model, x, y, generator=generator), so that its settings can be recorded"
+        )
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(search)))
+    except TypeError as error:
+        raise InputError(
+            f"attack {name!r}: the fields of {type(search).__name__} must be numbers, text or such in lists, so that "
+            f"they can be recorded: {error}"
+        ) from None
+    return plain
+
+
+def check_attack(attack: object) -> None:
+    """Refuse what is no ``EvalAttack``.
+
+    Raises:
+        InputError: Says how to make one of it.
+    """
+    if isinstance(attack, EvalAttack):
+        return
+    given, make = type(attack).__name__, 'EvalAttack("NAME", ...)'
+    if isinstance(attack, str):
+        given, make = f"the name {attack!r}", f'parse_attack("{attack}", threat=..., step_size=...)'
+    raise InputError(f"an attack is given as {given}; make it one with {make} from toughen.evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +189,16 @@ def parse_attack(spec: str, *, threat: ThreatModel, step_size: float) -> EvalAtt
         if given:
             raise InputError(f"attack {spec!r}: {name!r} is a fixed suite; it takes eps and no other setting")
         return EvalAttack(spec, _SUITES[name](_with(threat, eps=eps)))
-    if match := re.fullmatch(r"(.+)-([1-9]\d{0,4})", name):
-        name, given = match[1], {"steps": int(match[2]), **given}  # a strength curve varies the steps
+    if match := re.fullmatch(r"(.+?)-(-?\d+)", name):
+        name = match[1]
     kind = _KINDS.get(name)
     if kind is None or bool(kind.steps) != bool(match):
         listed = ", ".join(f"{name}-K" for name, kind in _KINDS.items() if kind.steps)
         raise unknown("attack", spec.partition(":")[0], attack_names(), hint=f"any K in {listed}, at least 1")
+    if match:
+        if not re.fullmatch(r"[1-9]\d{0,4}", match[2]):
+            raise InputError(f"attack {spec!r}: steps are {match[2]}; write 1 to 99999, as in {name}-{kind.steps[0]}")
+        given = {"steps": int(match[2]), **given}  # a strength curve varies the steps
     return EvalAttack(spec, _made(kind, given, threat, step_size, spec))
 
 

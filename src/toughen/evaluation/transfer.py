@@ -13,7 +13,7 @@ from toughen.errors import InputError
 from toughen.evaluation.evaluate import Attacked, Progress, as_evaluated, evaluate, shown
 from toughen.evaluation.outcomes import Flag
 from toughen.evaluation.sanity import check_transfer
-from toughen.evaluation.suites import EvalAttack
+from toughen.evaluation.suites import EvalAttack, check_attack
 from toughen.types import Batches
 
 
@@ -90,6 +90,7 @@ def transfer(
     Raises:
         InputError: No models, an attack that changes nothing, or as ``evaluate``.
     """
+    check_attack(attack)
     if not models or not attack.stages:
         raise InputError("a transfer needs at least one model, and an attack other than clean")
     again = list(batches) if isinstance(batches, Iterator) else batches

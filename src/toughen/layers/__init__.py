@@ -1,6 +1,7 @@
 """Layers of any ``nn.Module``: which there are, what they compute, where a forward may stop, what trains."""
 
 from toughen.layers.candidates import Granularity
+from toughen.layers.compiled import compile_forward
 from toughen.layers.folding import norms_folded
 from toughen.layers.layer_map import Layer, LayerMap, map_layers
 from toughen.layers.taps import tap
@@ -14,6 +15,7 @@ __all__ = [
     "ModelView",
     "NormStats",
     "TrainableSet",
+    "compile_forward",
     "map_layers",
     "norms_folded",
     "tap",

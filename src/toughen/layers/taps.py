@@ -47,6 +47,7 @@ def tap(
         InputError: A name is not a submodule.
     """
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # a compiled forward would pass the hooks by
         for name in names:
             module = submodule(model, name)
             if side == "output":

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from toughen.errors import InputError
+from toughen.layers.compiled import compiled_features
 from toughen.layers.folding import FOLDED
 from toughen.layers.taps import submodule, tap
 from toughen.types import Features
@@ -59,6 +60,10 @@ class ModelView:
                 " names them in its attribute 'layers'"
             )
         values: dict[str, Tensor] = {}
+        compiled = compiled_features(self.module, wanted) if stop_early and not self.module.training else None
+        if compiled is not None:
+            found = {name: samples_first(name, output, len(x)) for name, output in compiled(x).items()}
+            return Features({n: f if reduce is None else reduce(n, f) for n, f in found.items()}, None)
 
         def see(name: str, output: object) -> None:
             feature = samples_first(name, output, len(x))

@@ -44,9 +44,13 @@ class Network:
             InputError: It has no evaluation yet, or a file is damaged.
         """
         last, log = run.evaluations("last"), run.log()
-        if not last or not log:
+        if not run.finished and not (last and log):
             path = (run.parent_run or run).path
             raise InputError(f"run {run.path} has no evaluation yet; finish it with `toughen train --resume {path}`")
+        if not last:
+            raise InputError(f"run {run.path} has no evaluation; measure it with `toughen evaluate {run.path}`")
+        if not log:
+            raise InputError(f"run {run.path} has lost its log.jsonl; copy the whole folder of the run")
         return cls(
             path=str(run.path),
             config=run.config(),
