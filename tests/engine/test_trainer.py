@@ -316,7 +316,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_
 
 @pytest.mark.parametrize("attack", ["pgd20", "pgd-0", "autoatack"])
 def test_an_unknown_attack_of_the_final_evaluation_is_refused_before_training(attack):
-    with pytest.raises(InputError, match=f"unknown attack '{attack}'"):
+    with pytest.raises(InputError, match=f"attack '{attack}'"):
         recipe(evaluate={"attacks": ["clean", attack]})
 
 
@@ -376,3 +376,21 @@ def test_labels_and_statistics_of_the_training_images_shape_the_network():
     model = create_model(recipe().model, splits, seed=0)
     assert model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
     assert model.normalize.mean.flatten().tolist() == pytest.approx(splits.mean)
+
+
+def test_a_run_hands_its_forwards_to_the_compiler_where_its_recipe_says_so_and_stays_the_run_it_is(
+    tmp_path, monkeypatch
+):
+    handed_over = []
+    monkeypatch.setattr(torch, "compile", lambda forward, **_: handed_over.append(forward) or forward)
+    plain = train(tmp_path / "plain", **clat())
+    assert handed_over == []
+    compiled = train(tmp_path / "compiled", **clat(), train={"compile": True})
+    assert len(handed_over) >= 2  # the network, and the part of it that CLAT attacks
+    assert fingerprints(compiled) == fingerprints(plain)
+
+
+def test_without_the_compiler_that_torch_would_call_it_is_told_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"train\.compile needs a C\+\+ compiler .* finds no no-such-compiler"):
+        train(tmp_path, train={"compile": True})

@@ -1,5 +1,7 @@
 """Where a run computes, and in which precision."""
 
+import os
+import shutil
 from typing import Literal
 
 import torch
@@ -17,6 +19,20 @@ def pick_device(wanted: Device) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("the device is to be 'cuda' but torch finds no CUDA device; use auto or cpu")
     return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_compiler(settings: TrainSettings) -> None:
+    """Refuse to compile for the CPU without the compiler that torch would call.
+
+    Raises:
+        InputError: There is none.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if settings.compile and pick_device(settings.device) == "cpu" and shutil.which(compiler) is None:
+        raise InputError(
+            f"train.compile needs a C++ compiler on the CPU and finds no {compiler}; install g++, name another in CXX,"
+            " or leave train.compile out"
+        )
 
 
 def pick_precision(settings: TrainSettings) -> Literal["32-true", "bf16-mixed"]:

@@ -23,7 +23,7 @@ from toughen.engine import checkpoint
 from toughen.engine.auto_rate import halvings
 from toughen.engine.branch import continue_methods
 from toughen.engine.build import check_methods, create_model, training_loader
-from toughen.engine.device import pick_device, pick_precision
+from toughen.engine.device import check_compiler, pick_device, pick_precision
 from toughen.engine.flops import flops_per_image
 from toughen.engine.optim import continue_momentum, make_optimizer, parameter_names
 from toughen.engine.progress import EpochProgress, attack_progress, epoch_line, epoch_progress, epoch_status
@@ -106,6 +106,7 @@ class Trainer:
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
         if self.settings.compile:
+            check_compiler(self.settings)
             compile_forward(self.model)
         self.loader = training_loader(recipe, self.data, self.device)
         check_methods(recipe, self.model, self.data)
