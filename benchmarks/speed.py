@@ -58,6 +58,7 @@ class Setup:
     precision: str = "32-true"
     compile: bool = False
     cuda_graph: bool = False
+    only_counts: bool = False  # operations can't be seen in what is compiled
 
     @property
     def device(self) -> torch.device:
@@ -164,7 +165,7 @@ def bound(setup: Setup, method: Method, attack: PGD, *, channels_last: bool = Tr
     if channels_last:
         model.to(memory_format=torch.channels_last)
         batch = batch._replace(x=batch.x.contiguous(memory_format=torch.channels_last))
-    if setup.compile:
+    if setup.compile and not setup.only_counts:
         compile_forward(model)
     live = method.bind(model, attack=attack)
     few = 16
@@ -176,8 +177,9 @@ def bound(setup: Setup, method: Method, attack: PGD, *, channels_last: bool = Tr
 def ours(setup: Setup, method: Method, *, channels_last: bool = True, **attack: Any) -> Step:
     """Return a step as the trainer does it."""
     live, batch = bound(setup, method, setup.attack(**attack), channels_last=channels_last)
-    live.on(batch)
-    live.epoch_start(1)  # what a first epoch collects is there now
+    if any(isinstance(member, CarryOver) for member in getattr(method, "methods", ())):
+        live.on(batch)
+        live.epoch_start(1)  # what a first epoch collects is there now
     optimizer = momentum_sgd(live)
     half = setup.precision == "bf16-mixed"
 
@@ -236,9 +238,9 @@ def peer_step(setup: Setup, peer: peers.Peer) -> Step:
 def settings(setup: Setup) -> dict[str, Step]:
     """Ours with one thing changed at a time, for PGD-AT and for CLAT."""
     layers = PAPER[setup.model]
+    compiled_name = "not compiled" if setup.compile else "compiled"
     half = replace(setup, precision="bf16-mixed" if setup.precision == "32-true" else "32-true")
     compiled = replace(setup, compile=not setup.compile)
-    verb = "" if compiled.compile else "not "
     graph = {"cuda_graph": not setup.cuda_graph}
     on_cuda = {
         f"PGD-AT, cuda_graph={not setup.cuda_graph}": ours(setup, PGDAT(), **graph),
@@ -249,13 +251,13 @@ def settings(setup: Setup) -> dict[str, Step]:
         "PGD-AT, fold_norms=false": ours(setup, PGDAT(), fold_norms=False),
         "PGD-AT, contiguous": ours(setup, PGDAT(), channels_last=False),
         f"PGD-AT, {half.precision}": ours(half, PGDAT()),
-        f"PGD-AT, {verb}compiled": ours(compiled, PGDAT()),
+        f"PGD-AT, {compiled_name}": ours(compiled, PGDAT()),
         "CLAT": ours(setup, clat(setup, layers)),
         "CLAT, fold_norms=false": ours(setup, clat(setup, layers), fold_norms=False),
         "CLAT, forward=full": ours(setup, clat(setup, layers, forward="full")),
         "CLAT, clean_forward=repeated": ours(setup, clat(setup, layers, clean_forward="repeated")),
         "CLAT, contiguous": ours(setup, clat(setup, layers), channels_last=False),
-        f"CLAT, {verb}compiled": ours(compiled, clat(setup, layers)),
+        f"CLAT, {compiled_name}": ours(compiled, clat(setup, layers)),
         **(on_cuda if setup.device.type == "cuda" else {}),
     }
 
@@ -267,13 +269,14 @@ def timed(part: str, setup: Setup, file: Path, *, rounds: int, minutes: float) -
     """Take the rounds that the file lacks, and write each at once."""
     stored = load(file)
     facts = {**vars(setup), "device": setup.device.type}
+    del facts["only_counts"]
     known = stored.get(part, {"setup": facts, "rounds": []})
     if known["setup"] != facts:
         raise SystemExit(f"{file} holds {part} of another setup, {known['setup']}; give another --json")
     ends = time.perf_counter() + 60 * minutes
+    operations = counted(part, setup)
     contenders = TIMED[part](setup)
     multiply = product(setup)
-    operations: dict[str, int] = {}
     with Progress(console=out) as progress:
         bar = progress.add_task(part, total=(rounds - len(known["rounds"]) + 1) * len(contenders))
         for step in contenders.values():  # warms up: kernels are chosen, norms are found, graphs are recorded
@@ -285,21 +288,21 @@ def timed(part: str, setup: Setup, file: Path, *, rounds: int, minutes: float) -
                 found[name] = seconds(step, setup)
                 progress.advance(bar)
             known["rounds"].append(found)
-            if not operations:
-                operations = counted(contenders)
             known["operations"] = operations
             known["provenance"] = facts_of(setup)
             stored[part] = known
             file.write_text(json.dumps(stored, indent=1) + "\n")
 
 
-def counted(contenders: Mapping[str, Step]) -> dict[str, int]:
-    """Floating-point operations of each step."""
+def counted(part: str, setup: Setup) -> dict[str, float]:
+    """Floating-point operations of each step, from steps with few images."""
+    few = replace(setup, batch_size=4, only_counts=True, cuda_graph=False)
     found = {}
-    for name, step in contenders.items():
+    for name, step in TIMED[part](few).items():
+        step()  # what a first step looks up is no part of the others
         with OperationCounter() as counter:
             step()
-        found[name] = counter.total
+        found[name] = counter.total * setup.batch_size / few.batch_size
     return found
 
 
@@ -511,7 +514,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    setup = Setup(**{name: getattr(options, name) for name in Setup.__dataclass_fields__})
+    given = {name: value for name, value in vars(options).items() if name in Setup.__dataclass_fields__}
+    setup = Setup(**given)
     if options.part == "page":
         page(options.json)
     elif options.part == "counts":

@@ -389,6 +389,10 @@ def test_an_evaluation_that_is_stopped_says_where_its_results_are(toughen, own, 
     assert said.status == 130
     assert said.err.endswith(f"is kept in {own.path / 'kept'}; the same command goes on from there.\n")
     assert (own.path / "kept" / "clean.json").is_file()
+    said = toughen("evaluate", own.path, "--attacks", "pgd-3", "--eps", "0.1")
+    assert said.err.endswith(
+        "Nothing is kept: measured otherwise than the run (--eps); with --out DIR the same command would go on.\n"
+    )
 
 
 def test_repeats_give_mean_spread_and_the_worst_case_of_each_sample(toughen, own):
@@ -472,7 +476,9 @@ def test_every_target_attacks_every_other_one(toughen, refused, own, tmp_path):
         (["--over", "eps"], "--over is 'eps'; write KEY=VALUE"),
         (["--over", "keep=last,worst", "--plot", "a.png"], "--over has 'last'; leave --plot out"),
         (["--eps", "1e999"], "'1e999' is not a number or a fraction"),
-        (["--out", __file__], f"can't write into {__file__}: File exists; choose another --out"),
+        (["--out", __file__], f"can't write into {__file__}: a file is in its place; give a folder with --out"),
+        (["--out", f"{__file__}/a"], f"can't write into {__file__}/a: a file is in its place"),
+        (["--attacks", "clean,pgd-0"], "attack 'pgd-0': steps are 0; write 1 to 99999"),
         (["--over", "eps=1", "--attacks", "clean"], "--attacks names none but clean"),
         (["--attacks", "pgd-2:steps=x"], "pgd-2:steps=x"),
         (["--attacks", "standard:queries=3"], "'standard' is a fixed suite"),
@@ -482,17 +488,40 @@ def test_wrong_options_of_an_evaluation_are_refused(refused, words, expected):
     refused(["evaluate", "small_cnn", "--samples", "5", *words], expected)
 
 
-def test_two_processes_find_what_one_finds(own, tmp_path):
-    """Each attacks every other batch; the results are those of one process."""
-    words = ["-m", "toughen", "evaluate", own.path, "--attacks", "pgd-3:restarts=2", "--batch-size", "7", "--json"]
-    files = [tmp_path / "one.json", tmp_path / "two.json"]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d"]
-    for file, before in zip(files, ([], [*launch, "--rdzv-endpoint", "localhost:0"]), strict=True):
-        command = [sys.executable, *before, *map(str, words), str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert done.stdout.count("sanity") == 1
-    one, two = (timeless(json.loads(file.read_text())) for file in files)
+EACH_ITS_OWN_FOLDER = """
+import os, sys
+from toughen.cli import main
+
+folder, *words = sys.argv[1:]
+sys.exit(main([*words, "--out", f"{folder}/{os.environ['RANK']}"]))
+"""
+
+
+def test_two_processes_find_what_one_finds(toughen, own, tmp_path):
+    """Each attacks every other batch; only the first has a folder with what was measured before."""
+    attacks = ["--attacks", "pgd-1,pgd-3:restarts=2", "--batch-size", "7"]
+    words = ["evaluate", own.path, *attacks, "--json"]
+    assert toughen(*words, tmp_path / "one.json", "--out", tmp_path / "0").status == 0
+    (tmp_path / "0" / "pgd-3_restarts=2.json").unlink()
+    (tmp_path / "each.py").write_text(EACH_ITS_OWN_FOLDER)
+    launch = ["--nproc-per-node", "2", "--master-port", "0", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, "-m", "torch.distributed.run", *launch, tmp_path / "each.py", tmp_path, *words]
+    done = subprocess.run(
+        [*map(str, command), str(tmp_path / "two.json")], capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sanity") == 1
+    assert done.stderr.count("note: pgd-1: as measured before") == 1
+    assert not (tmp_path / "1").exists()
+    one, two = (timeless(json.loads((tmp_path / name).read_text())) for name in ("one.json", "two.json"))
     assert one == two
+
+
+def test_a_mistake_is_told_by_one_of_several_processes(toughen, refused, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert toughen("evaluate", "nosuch") == Said(2, "", "")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    refused(["evaluate", "nosuch"], "nosuch")
 
 
 def test_the_best_checkpoint_is_evaluated_on_request(toughen, own):
@@ -508,8 +537,32 @@ def test_the_best_checkpoint_is_evaluated_on_request(toughen, own):
 )
 def test_an_evaluation_under_other_conditions_replaces_nothing_in_the_run(toughen, own, changed):
     before = own.evaluations("last")
-    assert toughen("evaluate", own.path, "--attacks", "clean,pgd-2", *changed).status == 0
+    words = ["evaluate", own.path, "--attacks", "clean,pgd-2", *changed]
+    said = toughen(*words)
+    assert said.status == 0
     assert own.evaluations("last") == before
+    told = f"note: not kept in the run: measured otherwise than the run ({changed[0]}); give --out DIR to"
+    assert f"{told} keep results and to go on after a stop\n" in said.err
+    assert "not kept" not in toughen(*words, "--out", own.path / "kept").err
+
+
+def test_what_is_written_as_json_only_is_said_not_to_go_on_after_a_stop(toughen, own):
+    words = ["evaluate", own.path, "--attacks", "clean", "--samples", "5", "--seed", "1"]
+    said = toughen(*words, "--json", own.path / "out.json")
+    assert "run (--samples, --seed); give --out DIR to go on after a stop\n" in said.err
+
+
+def test_a_mixture_is_no_result_of_the_run(toughen, own):
+    before = own.evaluations("last")
+    mixture = ["--accurate", own.branch("clat").path, "--alpha", "0.5"]
+    said = toughen("evaluate", own.path, "--attacks", "clean,pgd-2", *mixture)
+    assert said.status == 0
+    assert "not kept in the run: measured otherwise than the run (--accurate)" in said.err
+    assert own.evaluations("last") == before
+
+
+def test_nothing_is_said_of_what_is_kept_in_the_run(toughen, own):
+    assert "not kept" not in toughen("evaluate", own.path, "--attacks", "clean", "--per-class").err
 
 
 def test_a_file_of_weights_is_evaluated_as_the_model_that_is_named(toughen, refused, own):
@@ -518,7 +571,10 @@ def test_a_file_of_weights_is_evaluated_as_the_model_that_is_named(toughen, refu
     said = toughen("evaluate", weights, *named, "--attacks", "clean", "--json", own.path / "out.json")
     assert said.status == 0
     assert len(json.loads((own.path / "out.json").read_text())["clean"]["correct"]) == 599
-    refused(["evaluate", weights], weights, "--model")
+    refused(["evaluate", weights], "is a file of weights", weights, "--model")
+    refused(
+        ["evaluate", own.config_file], own.config_file, "give a run folder, a weights file with --model, or a model"
+    )
     refused(["evaluate", weights, "--model", "small_cnn"], weights, "belongs to another model")
 
 
@@ -551,6 +607,7 @@ def test_a_file_of_weights_that_would_run_code_is_refused(refused, tmp_path):
     [
         (["resnet81"], ["unknown model 'resnet81'", "did you mean 'resnet18'"]),
         (["torchvision/rsnet18"], ["rsnet18", "did you mean 'resnet18'"]),
+        (["nosuch"], ["no run folder and no weights file nosuch", "unknown model 'nosuch'"]),
         (["gone/run"], ["gone/run is neither a run folder, nor a weights file, nor a model"]),
         (["gone.safetensors"], ["gone.safetensors is neither a run folder, nor a weights file, nor a model"]),
         (["small_cnn", "--eps", "-1"], ["eps is -1"]),
@@ -663,6 +720,8 @@ def test_compare_puts_runs_and_their_branches_side_by_side(toughen, finished, ow
 def test_compare_refuses_what_is_no_run_and_runs_without_results(refused, own):
     refused(["compare", own.path.parent / "gone"], "gone is not a run folder")
     shutil.rmtree(own.path / "evals")
+    refused(["compare", own.path], "no evaluation", f"toughen evaluate {own.path}")
+    (own.path / "finished.json").unlink()
     refused(["compare", own.path], "no evaluation yet", f"toughen train --resume {own.path}")
     refused(["compare"], "RUN")
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from as_found import disturb, left_as_found
 from toughen import PGD, Batch, ThreatModel
 from toughen.errors import InputError
-from toughen.evaluation import Attacked, EvalAttack, EvalResult, evaluate, parse_attack
+from toughen.evaluation import Attacked, EvalAttack, EvalResult, evaluate, parse_attack, transfer
 from zoo import ZOO, build, images
 
 THREAT = ThreatModel(eps=0.1)
@@ -171,6 +171,31 @@ def test_no_images_are_refused():
 def test_two_attacks_of_one_name_are_refused():
     with pytest.raises(InputError, match=r"attack 'pgd-2' is named twice"):
         evaluate(build("nested"), [images(4)], [pgd(2), pgd(2)])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("pgd-5", r"the name 'pgd-5'; make it one with parse_attack\(\"pgd-5\", threat=\.\.\., step_size=\.\.\.\)"),
+        (PGD(THREAT, step_size=0.1), r"given as PGD; make it one with EvalAttack\(\"NAME\", \.\.\.\)"),
+    ],
+    ids=["name", "search"],
+)
+def test_what_is_no_attack_yet_is_refused_with_the_call_that_makes_it_one(given, expected):
+    with pytest.raises(InputError, match=expected):
+        evaluate(build("nested"), [images(4)], [given])
+    with pytest.raises(InputError, match=expected):
+        transfer({"nested": build("nested")}, [images(4)], given)
+
+
+def test_what_a_model_raises_itself_is_told_with_its_kind():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise KeyError("scale")
+
+    with pytest.raises(InputError, match=r"model Broken fails on images of shape \[4, .*\]: KeyError: 'scale'") as told:
+        evaluate(Broken(), [images(4)], [CLEAN])
+    assert isinstance(told.value.__cause__, KeyError)
 
 
 def test_a_sample_whose_logits_are_not_numbers_counts_as_fallen():

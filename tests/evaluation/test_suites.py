@@ -1,8 +1,12 @@
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
 from toughen import PGD, ThreatModel
 from toughen.errors import InputError
-from toughen.evaluation import attack_names, evaluate, parse_attack
+from toughen.evaluation import EvalAttack, attack_names, evaluate, parse_attack
 from zoo import build, images
 
 THREAT = ThreatModel(eps=0.1)
@@ -21,9 +25,16 @@ def test_every_listed_name_is_an_attack(name):
         assert not hasattr(search, "threat") or search.threat.norm == norm
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd-0", "pgd-", "pgd--1", "pgd-1.5", "pgd-007x", "PGD-10", "", "autoatack"])
+@pytest.mark.parametrize("name", ["pgd", "pgd-", "pgd-1.5", "pgd-007x", "PGD-10", "", "autoatack"])
 def test_any_other_name_is_refused_with_what_there_is(name):
     with pytest.raises(InputError, match=rf"unknown attack '{name}'.*clean, .*any K in pgd-K"):
+        parse(name)
+
+
+@pytest.mark.parametrize("name", ["pgd-0", "pgd--1", "pgd-007", "pgd-l2-0", "feature-100000"])
+def test_a_number_of_steps_that_there_cannot_be_is_told(name):
+    steps = re.fullmatch(r".+?-(-?\d+)", name)[1]
+    with pytest.raises(InputError, match=rf"attack '{name}': steps are {steps}; write 1 to 99999, as in [a-z2-]+-\d0$"):
         parse(name)
 
 
@@ -96,3 +107,29 @@ def test_l2_attacks_keep_their_own_radius_beside_another_norm():
     assert parse("pgd-l2-20").attack.threat == ThreatModel(norm="l2", eps=128 / 255)
     assert parse("pgd-l2-20", ThreatModel(norm="l2", eps=0.7)).attack.threat.eps == 0.7
     assert parse("pgd-l2-20:eps=0.03").attack.step_size == pytest.approx(15 / 255 * 0.03 / (128 / 255))
+
+
+@dataclass(frozen=True)
+class Own:
+    """An attack of a user, with a setting."""
+
+    setting: object = None
+
+    def __call__(self, model, x, y, *, generator):
+        return x
+
+
+def plain_function(model, x, y, *, generator):
+    return x
+
+
+@pytest.mark.parametrize("attack", [plain_function, Own, (("first", Own()), ("second", plain_function))], ids=str)
+def test_an_attack_whose_settings_cannot_be_recorded_is_refused_when_it_is_named(attack):
+    with pytest.raises(InputError, match=r"attack 'mine': (plain_function|Own) .*make it a \(frozen\) dataclass"):
+        EvalAttack("mine", attack)
+
+
+def test_a_setting_that_is_no_plain_value_is_refused():
+    with pytest.raises(InputError, match=r"attack 'mine': the fields of Own .*PosixPath|WindowsPath"):
+        EvalAttack("mine", Own(Path("here")))
+    assert EvalAttack("mine", Own([1, "a"])).settings() == {"setting": [1, "a"]}

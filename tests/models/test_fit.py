@@ -23,7 +23,7 @@ class Pair(nn.Module):
         (create("small_cnn", in_channels=3), "images have 1 channels, the model was built for 3"),
         (
             create("timm/test_vit", num_classes=10, in_channels=1),
-            r"Sequential does not take 8x8 images with 1 channels: ",
+            r"Sequential fails on 8x8 images with 1 channels: AssertionError: ",
         ),
         (Pair(), r"the model returns tuple for one image; it must return logits \[1, 10\]"),
         (nn.Conv2d(1, 10, 1), r"a tensor of shape \[1, 10, 8, 8\] for one image; it must return logits \[1, 10\]"),

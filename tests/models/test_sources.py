@@ -179,7 +179,7 @@ def test_pretrained_torchvision_weights_are_loaded_and_the_classifier_is_new_for
         ("torchvision/resnet81", {}, "unknown torchvision model 'resnet81'; did you mean 'resnet18'"),
         ("torchvision/inception_v3", {}, "returns several logits in training; take timm/inception_v3"),
         ("torchvision/resnet18", {"in_channels": 1}, "torchvision/resnet18 takes 3 channels, not 1"),
-        ("torchvision/vit_b_32", {"image_size": 32}, "does not take 32x32 images with 3 channels: Wrong image height"),
+        ("torchvision/vit_b_32", {"image_size": 32}, "32x32 images with 3 channels: AssertionError: Wrong image"),
         ("timm/test_vit", {"width": 8}, "width is 8, and timm/test_vit has its own"),
         ("timm/test_vit", {"image_size": 0}, "image_size is 0"),
         ("timm/vit_tiny_patch16_224", {"image_size": 8}, "8x8 images"),

@@ -144,7 +144,7 @@ def test_a_class_that_may_run_code_is_named_with_a_way_out(tmp_path: Path) -> No
         (b"", "is empty"),
         (b"\n<!DOCTYPE html><html>Sign in</html>", "is a web page, not weights; its download needs a login"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
-        (b"just some words that somebody wrote", "is damaged, or"),
+        (b"just some words that somebody wrote", "is text, not weights"),
         (b"PK\x03\x04 and no zip", "is damaged, or no weights file"),
     ],
 )

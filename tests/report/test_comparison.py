@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import yaml
@@ -194,9 +195,28 @@ def test_runs_without_an_attack_in_common_are_refused(tmp_path):
 
 
 def test_a_run_without_evaluation_is_refused_with_the_command_that_finishes_it(tmp_path):
+    run = make_family(tmp_path / "run", clat=0.3)
+    shutil.rmtree(run.branch("clat").path / "evals")
+    with pytest.raises(InputError, match=r"clat has no evaluation yet; finish it with `toughen train --resume .*run`"):
+        compare_runs([run])
+
+
+def test_a_finished_run_without_evaluation_is_refused_with_the_command_that_measures_it(tmp_path):
+    run = make_family(tmp_path / "run", clat=0.3)
+    branch = run.branch("clat")
+    shutil.rmtree(branch.path / "evals")
+    branch.write_finished({})
+    with pytest.raises(InputError, match=r"clat has no evaluation; measure it with `toughen evaluate .*/clat`"):
+        compare_runs([run])
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_without_its_log_is_refused(tmp_path, finished):
     run = make(tmp_path / "run")
     (run.path / "log.jsonl").unlink()
-    with pytest.raises(InputError, match=r"no evaluation yet; finish it with `toughen train --resume .*run`"):
+    if finished:
+        run.write_finished({})
+    with pytest.raises(InputError, match=r"lost its log\.jsonl" if finished else "train --resume"):
         compare_runs([run])
 
 

@@ -17,6 +17,8 @@ from toughen.errors import InputError, Notice
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
+    Where ``torchrun`` started several processes, the first on each machine tells what ended them.
+
     Returns:
         0 done; 2 the user's mistake, told in one line; 130 stopped by Ctrl-C, with the checkpoint written.
     """
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _notices_told():
             options.run(options)
     except InputError as error:
-        print(f"toughen: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        _tell(" ".join(str(error).splitlines()))
         return 2
     except BrokenPipeError:  # who read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
@@ -38,9 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"toughen: {error}", file=sys.stderr)
         return 2
     except (Interrupted, KeyboardInterrupt) as stopped:
-        print(f"toughen: stopped. {stopped}".rstrip(), file=sys.stderr)
+        _tell(f"stopped. {stopped}".rstrip())
         return 130
     return 0
+
+
+def _tell(text: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"toughen: {text}", file=sys.stderr)
 
 
 @contextmanager

@@ -55,8 +55,7 @@ def _first_alone_speaks() -> Iterator[None]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    check_output(options.json)
-    check_output(options.plot, ".png", ".pdf", ".svg")
+    _check_outputs(options)
     if options.repeats < 1:
         raise InputError(f"--repeats is {options.repeats}; it must be at least 1")
     if options.plot:
@@ -76,12 +75,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     _say_flags(next(iter(results[0].values())).flags, checked=checked)
     for remark in dict.fromkeys(remark for found in results for one in found.values() for remark in one.remarks):
         note(remark)
+    if otherwise := _otherwise(options, target):
+        keep = "to go on after a stop" if options.json else "to keep results and to go on after a stop"
+        note(f"not kept in the run: {otherwise}; give --out DIR {keep}")
     if options.json and processes.rank() == 0:
         dumped = [{name: result.to_dict() for name, result in found.items()} for found in results]
         write(options.json, json.dumps(dumped[0] if options.repeats == 1 else {"repeats": dumped}))
     if options.plot and processes.rank() == 0:
         points = {name: (result.accuracy, result.n) for name, result in results[0].items()}
         write_plot(options.plot, lambda file: plot_strength(points, options.over.partition("=")[0], file))
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    if processes.rank() == 0:  # the others write nothing, and may be on machines without these folders
+        check_output(options.json)
+        check_output(options.plot, ".png", ".pdf", ".svg")
 
 
 def _check_curve(over: str | None) -> None:
@@ -115,7 +123,7 @@ def _over(names: Sequence[str], over: str | None) -> list[str]:
 def _images(options: argparse.Namespace, target: Target) -> Images:
     images = target.splits.test
     samples = options.samples
-    if samples is None and target.run is not None and options.data is None:
+    if samples is None and target.run is not None and options.data is None and options.accurate is None:
         samples = target.run.config()["evaluate"]["samples"]
     if samples is None:
         return images
@@ -149,11 +157,25 @@ def _measured(
                 )
                 reused += [] if journal is None else journal.reused
     except KeyboardInterrupt:
-        kept = "" if folder is None else f"What was measured is kept in {folder}; the same command goes on from there."
-        raise Interrupted(kept) from None
+        raise Interrupted(_left_by_a_stop(options, target, folder)) from None
     if reused:
         note(f"{', '.join(dict.fromkeys(reused))}: as measured before, in {folder}; --again repeats it")
     return found
+
+
+def _left_by_a_stop(options: argparse.Namespace, target: Target, folder: Path | None) -> str:
+    if folder is not None:
+        return f"What was measured is kept in {folder}; the same command goes on from there."
+    otherwise = _otherwise(options, target)
+    return f"Nothing is kept{f': {otherwise}' if otherwise else ''}; with --out DIR the same command would go on."
+
+
+def _otherwise(options: argparse.Namespace, target: Target) -> str:
+    """Say what keeps results out of the run folder that they were measured on; nothing where they are kept."""
+    changed = [f"--{name.replace('_', '-')}" for name in _OF_THE_RUN if getattr(options, name) is not None]
+    if target.run is None or options.out is not None or not changed:
+        return ""
+    return f"measured otherwise than the run ({', '.join(changed)})"
 
 
 def _journal(options: argparse.Namespace, target: Target, images: Images) -> tuple[Path | None, dict[str, object]]:
@@ -162,9 +184,10 @@ def _journal(options: argparse.Namespace, target: Target, images: Images) -> tup
     if options.alpha is not None:
         facts["alpha"] = options.alpha  # a constant weight is no part of the network's state
     if options.out is not None:
-        check_folder(options.out)
+        if processes.rank() == 0:
+            check_folder(options.out)
         return Path(options.out), facts
-    if target.run is None or any(getattr(options, name) is not None for name in _OF_THE_RUN):
+    if target.run is None or _otherwise(options, target):
         return None, facts
     checkpoint = options.checkpoint or "last"
     return target.run.evals(checkpoint), {"checkpoint": checkpoint, "epoch": target.epoch, **facts}
@@ -235,8 +258,7 @@ def run_transfer(options: argparse.Namespace) -> None:
 
 
 def _transfer(options: argparse.Namespace) -> None:
-    check_output(options.json)
-    check_output(options.plot, ".png", ".pdf", ".svg")
+    _check_outputs(options)
     if len(set(options.targets)) < len(options.targets):
         raise InputError("a TARGET is named twice; each model attacks all of them anyway")
     found = {name: find_target(argparse.Namespace(**{**vars(options), "target": name})) for name in options.targets}

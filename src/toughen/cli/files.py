@@ -24,6 +24,8 @@ def check_folder(folder: str) -> None:
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"can't write into {folder}: a file is in its place; give a folder with --out") from None
     except OSError as error:
         raise InputError(f"can't write into {folder}: {error.strerror}; choose another --out") from None
     if not os.access(path, os.W_OK):

@@ -52,7 +52,7 @@ def find_target(options: argparse.Namespace) -> Target:
         return target
     accurate = create_model(network_of(options.accurate), target.splits).to(next(target.model.parameters()).device)
     mixture = models.mix(accurate, target.model, alpha=options.alpha, image_shape=target.splits.train.shape)
-    return target._replace(model=mixture, run=None)  # what is measured now is no result of the run
+    return target._replace(model=mixture)
 
 
 def _found(options: argparse.Namespace) -> Target:
@@ -68,7 +68,12 @@ def _found(options: argparse.Namespace) -> Target:
     elsewhere = options.target.partition("/")[0] in FOLDERS  # then what is wrong is the name behind the slash
     if not (elsewhere or models.is_spec(options.target)) and (given.suffix or len(given.parts) > 1):
         raise InputError(f"{given} is neither a run folder, nor a weights file, nor a model: {', '.join(MODELS)}")
-    models.check_spec(options.target)
+    try:
+        models.check_spec(options.target)
+    except InputError as error:
+        if elsewhere:
+            raise
+        raise InputError(f"there is no run folder and no weights file {given}, and as a model: {error}") from None
     # what a function of the user returns has the weights that it gave
     trained = options.pretrained or options.target.startswith("hub/") or ":" in options.target
     random = "" if trained else f"{options.target} has random weights; give a run folder or a weights file"
@@ -101,6 +106,10 @@ def _run(options: argparse.Namespace, run: RunFolder) -> Target:
 
 def _of_file(options: argparse.Namespace, file: Path) -> ModelSettings:
     if options.model is None:
+        try:
+            models.read_weights(file)
+        except InputError as error:
+            raise InputError(f"{error}; give a run folder, a weights file with --model, or a model by name") from None
         raise InputError(f"{file} is a file of weights; say of which model with --model, for example --model resnet18")
     if options.pretrained:
         raise InputError(f"--pretrained and the weights file {file} exclude each other; give one")

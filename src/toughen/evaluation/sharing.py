@@ -23,8 +23,9 @@ def shared(work: Callable[[], T] | None) -> list[T]:
         mine = None if work is None else work()
     except InputError as error:
         mine = error
-    found = []
-    for one in processes.gathered(mine):
+    everyones: list[T | InputError] = processes.gathered(mine)
+    found: list[T] = []
+    for one in everyones:
         if isinstance(one, InputError):
             raise one
         found.append(one)

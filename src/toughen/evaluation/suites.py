@@ -69,7 +69,7 @@ class EvalAttack:
         return plain if isinstance(self.attack, tuple) else plain.get(self.name, {})
 
 
-def _recorded(name: str, search: Search) -> dict[str, Any]:
+def _recorded(name: str, search: object) -> dict[str, Any]:
     if not is_dataclass(search) or isinstance(search, type):
         given = getattr(search, "__name__", type(search).__name__)
         raise InputError(

@@ -1,6 +1,7 @@
 """Files of weights, read without running code of theirs: safetensors and torch checkpoints. Knows nothing of models."""
 
 import re
+import string
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -97,6 +98,8 @@ def _no_weights(start: bytes) -> str | None:
         return "is a web page, not weights; its download needs a login or a confirmation"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not weights; fetch them with 'git lfs pull'"
+    if all(chr(byte) in string.printable for byte in start):
+        return "is text, not weights"
     return None
 
 
