@@ -123,7 +123,9 @@ def plain_function(model, x, y, *, generator):
     return x
 
 
-@pytest.mark.parametrize("attack", [plain_function, Own, (("first", Own()), ("second", plain_function))], ids=["function", "class", "suite"])
+@pytest.mark.parametrize(
+    "attack", [plain_function, Own, (("first", Own()), ("second", plain_function))], ids=["function", "class", "suite"]
+)
 def test_an_attack_whose_settings_cannot_be_recorded_is_refused_when_it_is_named(attack):
     with pytest.raises(InputError, match=r"attack 'mine': (plain_function|Own) .*make it a \(frozen\) dataclass"):
         EvalAttack("mine", attack)
