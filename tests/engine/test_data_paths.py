@@ -23,7 +23,7 @@ from toughen.errors import InputError
 from toughen.run_folder import RunFolder
 
 
-class PowerCutError(Exception):
+class PowerCut(BaseException):
     """What stops a run from inside."""
 
 
@@ -65,7 +65,7 @@ def test_a_run_cut_inside_an_epoch_ends_as_if_it_had_not_been(tmp_path: Path, ki
         nonlocal total
         total += 1
         if total == limit:
-            raise PowerCutError
+            raise PowerCut
 
     limit = 0
     model = create_model(wanted.model, data.load(wanted.data))
@@ -75,7 +75,7 @@ def test_a_run_cut_inside_an_epoch_ends_as_if_it_had_not_been(tmp_path: Path, ki
     total, limit = 0, int(0.6 * total)
     model = create_model(wanted.model, data.load(wanted.data))
     model.register_forward_hook(count)
-    with pytest.raises(PowerCutError):
+    with pytest.raises(PowerCut):
         Trainer(wanted, out=tmp_path / "run", model=model).fit()
     assert not RunFolder(tmp_path / "run").finished
     assert outcome(resume(tmp_path / "run")) == outcome(run)

@@ -18,7 +18,7 @@ from toughen.run_folder import RunFolder
 METHOD = [{"name": "adaptive-smoothing"}]
 
 
-class PowerCutError(Exception):
+class PowerCut(BaseException):
     """What stops a run from inside."""
 
 
@@ -46,10 +46,10 @@ def test_a_run_of_a_mixture_holds_all_that_is_needed_to_evaluate_and_resume_it(b
         nonlocal steps
         steps += 1
         if steps == 5:
-            raise PowerCutError
+            raise PowerCut
         step(self, *batch)
 
-    with patch.object(Trainer, "_step", cut), pytest.raises(PowerCutError):
+    with patch.object(Trainer, "_step", cut), pytest.raises(PowerCut):
         Trainer(wanted, out=tmp_path / "cut", show_progress=False).fit()
     shutil.rmtree(moved)
 

@@ -39,7 +39,7 @@ ADAMW_CLAT: dict[str, Any] = {
 }
 
 
-class PowerCutError(Exception):
+class PowerCut(BaseException):
     """What stops a run from inside."""
 
 
@@ -88,9 +88,9 @@ def test_a_run_cut_at_any_forward_pass_ends_as_if_it_had_not_been(
 
     def cut(number: int) -> None:
         if number == int(share * total):
-            raise PowerCutError
+            raise PowerCut
 
-    with pytest.raises(PowerCutError):
+    with pytest.raises(PowerCut):
         Trainer(wanted, out=tmp_path / "run", model=counted(wanted, cut)).fit()
 
     assert not RunFolder(tmp_path / "run").finished
@@ -106,9 +106,9 @@ def test_adamw_and_a_new_selection_of_clat_survive_a_cut(
 
     def cut(number: int) -> None:
         if number == int(share * total):
-            raise PowerCutError
+            raise PowerCut
 
-    with pytest.raises(PowerCutError):
+    with pytest.raises(PowerCut):
         Trainer(wanted, out=tmp_path / "run", model=counted(wanted, cut)).fit()
 
     assert outcome(resume(tmp_path / "run")) == outcome(run)
@@ -124,13 +124,13 @@ def test_a_run_that_is_cut_at_every_epoch_still_ends_the_same(tmp_path: Path) ->
 
         def cut(number: int, limit: int = total // 2) -> None:
             if number > limit:
-                raise PowerCutError
+                raise PowerCut
 
         again = RunFolder(tmp_path / "run").config_file.exists()
         trainer = Trainer(wanted, out=tmp_path / "run", model=counted(wanted, cut), resume=again)
         try:
             trainer.fit()
-        except PowerCutError:
+        except PowerCut:
             assert cuts < 20
     assert cuts > 2
     assert outcome(RunFolder(tmp_path / "run")) == outcome(run)
@@ -177,9 +177,9 @@ def test_a_stop_between_two_epochs_resumes_without_extra_checkpoints(tmp_path: P
 
     def cut(number: int) -> None:
         if len(RunFolder(tmp_path / "run").log()) == 1:
-            raise PowerCutError
+            raise PowerCut
 
-    with pytest.raises(PowerCutError):
+    with pytest.raises(PowerCut):
         Trainer(wanted, out=tmp_path / "run", model=counted(wanted, cut)).fit()
 
     assert [row["epoch"] for row in RunFolder(tmp_path / "run").log()] == [1]
@@ -202,9 +202,9 @@ def test_a_run_folder_that_was_moved_resumes(tmp_path: Path, whole: tuple[RunFol
 
     def cut(number: int) -> None:
         if number == total // 2:
-            raise PowerCutError
+            raise PowerCut
 
-    with pytest.raises(PowerCutError):
+    with pytest.raises(PowerCut):
         Trainer(wanted, out=tmp_path / "here", model=counted(wanted, cut)).fit()
     (tmp_path / "there").mkdir()
     shutil.move(tmp_path / "here", tmp_path / "there" / "run")
@@ -329,9 +329,9 @@ def test_a_look_at_an_unfinished_run_does_not_become_its_result(tmp_path):
 
     def stop(number: int) -> None:
         if len(RunFolder(tmp_path / "run").log()) == 1:
-            raise PowerCutError
+            raise PowerCut
 
-    with pytest.raises(PowerCutError):
+    with pytest.raises(PowerCut):
         Trainer(wanted, out=tmp_path / "run", model=counted(wanted, stop)).fit()
     assert main(["evaluate", str(tmp_path / "run"), "--attacks", "clean,pgd-2"]) == 0
     assert RunFolder(tmp_path / "run").evaluations("last")["clean"]["epoch"] == 1
