@@ -12,17 +12,15 @@ from PIL import Image
 from toughen.data import (
     DataSettings,
     DataSplits,
-    DeviceLoader,
-    ImageSet,
-    Shard,
     StreamedSet,
     in_order,
     load,
     probe,
     train_loader,
 )
-from toughen.data.augment import Augmentation, CropFlip, ResizedCrop
+from toughen.data.augment import Augmentation, CropFlip, CropShift, Erase, ResizedCrop
 from toughen.errors import InputError
+from toughen.rng import Share
 from toughen.types import Batch
 
 
@@ -127,16 +125,17 @@ def test_what_does_not_fit_is_streamed_and_the_choice_is_told(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("storage", ["resident", "streamed"])
-def test_processes_that_train_together_see_images_of_their_own(tmp_path: Path, storage: str) -> None:
+def test_processes_that_train_together_deal_out_the_batches_of_one(tmp_path: Path, storage: str) -> None:
     data = splits(fill(tmp_path), storage=storage, validation=1)  # 19 images
-    parts = [epoch(data, batch_size=4, shard=Shard(rank, 2)) for rank in (0, 1)]
-    assert [len(part) for part in parts] == [2, 2]
-    shown = [index for part in parts for batch in part for index in batch.index.tolist()]  # type: ignore[union-attr]
-    assert len(set(shown)) == 16
-    varied = ImageSet(torch.full((8, 1, 6, 6), 255, dtype=torch.uint8), torch.arange(8) % 2, ("a", "b"))
-    make = {"batch_size": 4, "device": "cpu", "seed": 0, "augment": (CropFlip(pad=3),)}
-    first, second = (next(DeviceLoader(varied, shard=Shard(rank, 2), **make).epoch(0)).x for rank in (0, 1))  # type: ignore[arg-type]
-    assert not torch.equal(first, second)
+    augment = (CropFlip(pad=3), CropShift(high=4), Erase())
+    whole = epoch(data, batch_size=8, augment=augment)
+    parts = [epoch(data, batch_size=4, augment=augment, share=Share(index, 2)) for index in (0, 1)]
+
+    assert [len(part) for part in (whole, *parts)] == [2, 2, 2]
+    for step, batch in enumerate(whole):
+        for index, part in enumerate(parts):
+            assert torch.equal(part[step].x, batch.x[index::2])
+            assert torch.equal(part[step].index, batch.index[index::2])  # type: ignore[arg-type, index]
 
 
 @pytest.mark.parametrize("storage", ["resident", "streamed"])

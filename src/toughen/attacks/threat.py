@@ -3,11 +3,13 @@
 All functions are batched, know no model, and take one radius per sample.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from toughen import rng
 from toughen.types import Norm
 
 
@@ -29,13 +31,12 @@ class Ball(Protocol):
 
 def gaussian_start(x: Tensor, generator: torch.Generator) -> Tensor:
     """Return x + 0.001 * N(0, 1), not clamped: where TRADES and its descendants begin their search."""
-    return x + 0.001 * torch.empty_like(x).normal_(generator=generator)
+    return x + 0.001 * _normal(x, generator)
 
 
 class _LInf:
     def sample(self, like: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
-        uniform = torch.empty_like(like).uniform_(-1.0, 1.0, generator=generator)
-        return uniform * radius
+        return _drawn(like, lambda empty: empty.uniform_(-1.0, 1.0, generator=generator), generator) * radius
 
     def ascend(self, gradient: Tensor) -> Tensor:
         return gradient.sign()
@@ -46,8 +47,8 @@ class _LInf:
 
 class _L2:
     def sample(self, like: Tensor, radius: Tensor, generator: torch.Generator) -> Tensor:
-        direction = torch.empty_like(like).normal_(generator=generator)
-        length = torch.rand(radius.shape, device=like.device, dtype=like.dtype, generator=generator)
+        direction = _normal(like, generator)
+        length = rng.rows(torch.rand, radius.shape, generator=generator, device=like.device, dtype=like.dtype)
         num_pixels = like[0].numel()
         return self.ascend(direction) * radius * length ** (1.0 / num_pixels)
 
@@ -59,6 +60,21 @@ class _L2:
 
     def project(self, delta: Tensor, radius: Tensor) -> Tensor:
         return delta * (radius / _length(delta).clamp_min(1e-12)).clamp_max(1.0)
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return _drawn(like, lambda empty: empty.normal_(generator=generator), generator)
+
+
+def _drawn(like: Tensor, fill: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+    """Numbers for the rows of ``like``, in its memory format, in whose order they are drawn."""
+    channels_last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+
+    def draw(shape: Sequence[int], **_: object) -> Tensor:
+        empty = torch.empty(*shape, device=like.device, dtype=like.dtype)
+        return fill(empty.to(memory_format=torch.channels_last) if channels_last else empty)
+
+    return rng.rows(draw, like.shape, generator=generator)
 
 
 def _length(delta: Tensor) -> Tensor:

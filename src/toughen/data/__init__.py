@@ -8,7 +8,7 @@ from toughen.data import cifar, digits, folder, hub, imagenet, parquet  # noqa: 
 from toughen.data.augment import AUGMENTS, Augmentation
 from toughen.data.foreign import from_torch
 from toughen.data.image_set import DataSplits, Images, ImageSet
-from toughen.data.loader import DeviceLoader, Shard, StreamLoader, TrainLoader, train_loader
+from toughen.data.loader import DeviceLoader, StreamLoader, TrainLoader, train_loader
 from toughen.data.settings import DATASETS, DataSettings, ExtraSettings, Rows, Source, parse_spec
 from toughen.data.splits import load
 from toughen.data.stream import StreamedSet
@@ -25,7 +25,6 @@ __all__ = [
     "ImageSet",
     "Images",
     "Rows",
-    "Shard",
     "Source",
     "StreamLoader",
     "StreamedSet",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,20 +14,8 @@ from toughen.data.image_set import DataSplits, ImageSet, Taken
 from toughen.data.stream import PictureReader, Place, StreamedSet, stream
 from toughen.data.varied import check_tracks_pixels, varied
 from toughen.errors import InputError
+from toughen.rng import WHOLE, Share
 from toughen.types import Batch
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One process of several that train together, each on images of its own.
-
-    Attributes:
-        rank: Which process, from 0.
-        count: How many there are.
-    """
-
-    rank: int = 0
-    count: int = 1
 
 
 class TrainLoader(Protocol):
@@ -69,7 +57,7 @@ def train_loader(
     augment: Sequence[Augmentation] = (),
     extra_fraction: float = 0.0,
     workers: int = 0,
-    shard: Shard = Shard(),
+    share: Share = WHOLE,
     track_pixels: bool = False,
 ) -> TrainLoader:
     """Return the loader that fits how the training images are kept, with the extra images mixed in.
@@ -82,7 +70,7 @@ def train_loader(
         augment: What varies the images, in order.
         extra_fraction: Share of a batch that comes from ``splits.extra``.
         workers: Processes that decode, for images that are not in memory.
-        shard: Which part of every epoch is this process's; ``batch_size`` counts its images alone.
+        share: Which part of every epoch is this process's; ``batch_size`` counts its images alone.
         track_pixels: Whether batches say from which pixel of the stored image each pixel came (``Batch.source``).
 
     Raises:
@@ -105,7 +93,7 @@ def train_loader(
             seed=seed,
             augment=augment,
             workers=workers,
-            shard=shard,
+            share=share,
             track_pixels=track_pixels,
         )
     else:
@@ -116,7 +104,7 @@ def train_loader(
             device=device,
             seed=seed,
             augment=augment,
-            shard=shard,
+            share=share,
             track_pixels=track_pixels,
         )
     if splits.extra is None:
@@ -130,7 +118,7 @@ def train_loader(
         device=device,
         seed=seed,
         augment=augment,
-        shard=shard,
+        share=share,
     )
 
 
@@ -148,28 +136,28 @@ class _Order:
         batch_size: int,
         seed: int,
         augment: Sequence[Augmentation],
-        shard: Shard,
+        share: Share,
         track_pixels: bool,
     ) -> None:
-        most = num_images // shard.count
+        most = num_images // share.count
         if not 1 <= batch_size <= most:
             raise InputError(f"batch_size is {batch_size}; with {most} images it must be 1..{most}")
         self.num_images, self.batch_size, self.seed, self.augment = num_images, batch_size, seed, tuple(augment)
         if track_pixels:
             check_tracks_pixels(self.augment)
-        self.shard, self.track_pixels = shard, track_pixels
+        self.share, self.track_pixels = share, track_pixels
         self.steps_per_epoch = most // batch_size
 
     def places(self, epoch: int, start_step: int) -> list[Place]:
         if not 0 <= start_step <= self.steps_per_epoch:
             raise InputError(f"start_step is {start_step}; the epoch has {self.steps_per_epoch} steps")
         order = torch.randperm(self.num_images, generator=rng.generator(self.seed, "shuffle", epoch))
-        steps = torch.split(order[self.shard.rank :: self.shard.count], self.batch_size)
+        steps = torch.split(order[self.share.index :: self.share.count], self.batch_size)
         return [Place(step, steps[step]) for step in range(start_step, self.steps_per_epoch)]
 
     def batch(self, taken: Taken, epoch: int, step: int) -> Batch:
         """Apply the augmentations to what was taken for a step, on its device."""
-        draws = rng.generator(self.seed, "augment", epoch, step * self.shard.count + self.shard.rank)
+        draws = rng.generator(self.seed, "augment", epoch, step, share=self.share)
         x, source = varied(taken.images, self.augment, draws, track_pixels=self.track_pixels)
         return Batch(x, taken.labels, taken.index, source)
 
@@ -183,7 +171,7 @@ class DeviceLoader:
         device: Where the batches are wanted.
         seed: Seed of the streams.
         augment: What varies the images, in order.
-        shard: Which part of every epoch is this process's.
+        share: Which part of every epoch is this process's.
         track_pixels: Whether batches say where each pixel came from.
 
     Raises:
@@ -198,10 +186,10 @@ class DeviceLoader:
         device: torch.device | str,
         seed: int,
         augment: Sequence[Augmentation] = (CropFlip(),),
-        shard: Shard = Shard(),
+        share: Share = WHOLE,
         track_pixels: bool = False,
     ) -> None:
-        self._order = _Order(len(images), batch_size, seed, augment, shard, track_pixels)
+        self._order = _Order(len(images), batch_size, seed, augment, share, track_pixels)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
         self._images = images.images.to(device)
@@ -230,7 +218,7 @@ class StreamLoader:
         seed: Seed of the streams.
         augment: What varies the images, in order.
         workers: Processes that decode; 0 decodes here, without reading ahead.
-        shard: Which part of every epoch is this process's.
+        share: Which part of every epoch is this process's.
         track_pixels: Whether batches say where each pixel came from.
 
     Raises:
@@ -246,7 +234,7 @@ class StreamLoader:
         seed: int,
         augment: Sequence[Augmentation] = (CropFlip(),),
         workers: int = 0,
-        shard: Shard = Shard(),
+        share: Share = WHOLE,
         track_pixels: bool = False,
     ) -> None:
         if track_pixels:
@@ -258,7 +246,7 @@ class StreamLoader:
                 "resized_crop is taken from a picture before it is decoded; let a data set of your own crop its images"
             )
         rest = [member for member in augment if member is not self._crop]
-        self._order = _Order(len(images), batch_size, seed, rest, shard, track_pixels)
+        self._order = _Order(len(images), batch_size, seed, rest, share, track_pixels)
         self.steps_per_epoch = self._order.steps_per_epoch
         self.images_per_epoch = self.steps_per_epoch * batch_size
         self._images = images
@@ -300,7 +288,7 @@ class MixedLoader:
         device: Where the batches are wanted.
         seed: Seed of the streams.
         augment: What varies the images of the second part, in order.
-        shard: Which process this is, of several that draw images of their own.
+        share: Which process this is, of several that draw images of their own.
     """
 
     def __init__(
@@ -314,14 +302,14 @@ class MixedLoader:
         device: torch.device | str,
         seed: int,
         augment: Sequence[Augmentation],
-        shard: Shard = Shard(),
+        share: Share = WHOLE,
     ) -> None:
-        self._shard = shard
+        self._share = share
         self._loader, self._extra = loader, extra
         self._num_train, self._num_extra = num_train, num_extra
         self._device, self._seed, self._augment = torch.device(device), seed, tuple(augment)
         whole = num_own + num_extra
-        self.steps_per_epoch = min(math.ceil(num_train / (whole * shard.count)), loader.steps_per_epoch)
+        self.steps_per_epoch = min(math.ceil(num_train / (whole * share.count)), loader.steps_per_epoch)
         self.images_per_epoch = self.steps_per_epoch * whole
 
     def epoch(self, number: int, *, start_step: int = 0) -> Iterator[Batch]:
@@ -331,8 +319,9 @@ class MixedLoader:
         return (self._mixed(batch, number, step) for step, batch in zip(steps, first, strict=False))
 
     def _mixed(self, first: Batch, epoch: int, step: int) -> Batch:
-        draws = rng.generator(self._seed, "extra", epoch, step * self._shard.count + self._shard.rank)
-        taken = self._extra.take(torch.randint(len(self._extra), (self._num_extra,), generator=draws))
+        draws = rng.generator(self._seed, "extra", epoch, step, share=self._share)
+        drawn = rng.rows(partial(torch.randint, len(self._extra)), (self._num_extra,), generator=draws)
+        taken = self._extra.take(drawn)
         images, labels, index = (part.to(self._device, non_blocking=True) for part in taken)
         x, _ = varied(images, self._augment, draws)
         source = first.source

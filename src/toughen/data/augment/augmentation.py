@@ -9,6 +9,7 @@ from torch import Tensor
 
 from toughen.errors import InputError
 from toughen.registry import Registry
+from toughen.rng import rows
 
 
 @runtime_checkable
@@ -41,9 +42,9 @@ def moves_pixels(augmentation: Augmentation | type[Augmentation]) -> bool:
     return bool(getattr(augmentation, "moves_pixels", False))
 
 
-def draw_below(limits: Tensor, draws: torch.Generator) -> Tensor:
+def draw_below(limits: Tensor, draws: torch.Generator, *, dim: int = 0) -> Tensor:
     """Draw one integer per entry, uniform on 0..limit-1; ``limits`` is integer and at least 1."""
-    return (torch.rand(limits.shape, generator=draws, dtype=torch.float64) * limits).long()
+    return (rows(torch.rand, limits.shape, generator=draws, dim=dim, dtype=torch.float64) * limits).long()
 
 
 def check_ranges(augmentation: Augmentation, ranges: Iterable[str], *, largest: float = float("inf")) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from toughen.data.augment.augmentation import draw_below
+from toughen.rng import rows
 
 _TRIES = 10
 
@@ -36,7 +37,7 @@ def draw_boxes(
         boxes: [count, 4], int64, on the CPU: top, left, height, width. Where none of the ten fits, an empty box.
         fits: [count], bool: whether one of the ten did.
     """
-    uniform = torch.rand(2, count, _TRIES, generator=draws, dtype=torch.float64)
+    uniform = rows(torch.rand, (2, count, _TRIES), generator=draws, dim=1, dtype=torch.float64)
     area = size[0] * size[1] * (scale[0] + uniform[0] * (scale[1] - scale[0]))
     log_ratio = math.log(ratio[0]) + uniform[1] * (math.log(ratio[1]) - math.log(ratio[0]))
     sides = torch.stack([area * log_ratio.exp(), area / log_ratio.exp()]).sqrt().round().long()  # [2, count, tries]
@@ -44,5 +45,5 @@ def draw_boxes(
     first = fit.int().argmax(dim=1)
     fits = fit.any(dim=1)
     sides = torch.where(fits, sides[:, torch.arange(count), first], 0)
-    corner = draw_below(torch.tensor(size)[:, None] - sides + 1, draws)
+    corner = draw_below(torch.tensor(size)[:, None] - sides + 1, draws, dim=1)
     return torch.cat([corner, sides]).T, fits

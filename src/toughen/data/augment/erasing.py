@@ -9,6 +9,7 @@ from torch import Tensor
 from toughen.data.augment.augmentation import AUGMENTS, Augmentation, check_ranges, draw_below
 from toughen.data.augment.boxes import draw_boxes
 from toughen.errors import InputError
+from toughen.rng import rows
 
 
 @AUGMENTS.register("cutout")
@@ -73,7 +74,7 @@ class Erase(Augmentation):
     def __call__(self, images: Tensor, draws: torch.Generator) -> Tensor:
         """See ``Augmentation``."""
         batch, _, height, width = images.shape
-        chosen = torch.rand(batch, generator=draws) < self.p
+        chosen = rows(torch.rand, (batch,), generator=draws) < self.p
         largest = (height - 1, width - 1)
         boxes, _ = draw_boxes(batch, (height, width), largest=largest, scale=self.scale, ratio=self.ratio, draws=draws)
         return _blank(images, boxes * chosen[:, None])

@@ -6,6 +6,7 @@ here the operations are torchvision's for tensors, whose values differ from thos
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from toughen.data.augment.augmentation import AUGMENTS, Augmentation
 from toughen.data.augment.erasing import Erase
 from toughen.data.augment.shift import CropShift, Flip
 from toughen.errors import InputError, check_choices
+from toughen.rng import rows
 
 _Operation = Literal["saturation", "brightness", "contrast", "sharpness", "autocontrast", "equalize", "shear", "rotate"]
 
@@ -85,10 +87,10 @@ class ColourShape(Augmentation):
             raise InputError(f"colour_shape was given images of {channels} channels; it needs grey (1) or RGB (3)")
         choices = _CHOICES[self.bias]
         bounds = torch.tensor([choice.p for choice in choices], dtype=torch.float64).cumsum(0)[:-1]
-        which = torch.bucketize(torch.rand(batch, generator=draws, dtype=torch.float64), bounds, right=True)
-        strength = torch.rand(batch, generator=draws, dtype=torch.float64)
-        sign = 1 - 2 * torch.randint(2, (batch,), generator=draws)
-        along_rows = torch.randint(2, (batch,), generator=draws)
+        which = torch.bucketize(rows(torch.rand, (batch,), generator=draws, dtype=torch.float64), bounds, right=True)
+        strength = rows(torch.rand, (batch,), generator=draws, dtype=torch.float64)
+        sign = 1 - 2 * rows(partial(torch.randint, 2), (batch,), generator=draws)
+        along_rows = rows(partial(torch.randint, 2), (batch,), generator=draws)
         # Decided on the host: images of one operation become neighbours, and the device waits for nothing.
         order = which.argsort(stable=True)
         sizes = which.bincount(minlength=len(choices)).tolist()

@@ -1,12 +1,14 @@
 """Shifted, mirrored and cut content, zeros around it: whole pixels move, none changes its value."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toughen import rng
 from toughen.data.augment.augmentation import AUGMENTS, Augmentation, draw_below
 from toughen.errors import InputError
 
@@ -115,10 +117,10 @@ class CropShift(Augmentation):
                 f"crop_shift cuts up to {self.high - 1} pixels; images of {height}x{width} allow high <= "
                 f"{min(height, width)}: lower it, or use crop"
             )
-        lost = torch.randint(self.low, self.high, (batch, 1), generator=draws)
+        lost = rng.rows(partial(torch.randint, self.low, self.high), (batch, 1), generator=draws)
         across = draw_below(lost + 1, draws)
         lost = torch.stack([lost - across, across])  # [2, B, 1]: rows, columns
-        start, target = draw_below((lost + 1).expand(2, 2, batch, 1), draws)  # in the image, in the result
+        start, target = draw_below((lost + 1).expand(2, 2, batch, 1), draws, dim=2)  # in the image, in the result
         length = torch.tensor([height, width])[:, None, None] - lost
         down, along = torch.stack([start, target, length], dim=1).to(images.device, non_blocking=True)
         rows, cols = _places(images)
@@ -138,13 +140,14 @@ def _places(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shifts(images: Tensor, pad: int, draws: torch.Generator) -> Tensor:
     """Down and right, [2, B, 1], from -pad to pad."""
-    drawn = torch.randint(2 * pad + 1, (2, len(images), 1), generator=draws)
+    drawn = rng.rows(partial(torch.randint, 2 * pad + 1), (2, len(images), 1), generator=draws, dim=1)
     return (drawn - pad).to(images.device, non_blocking=True)
 
 
 def _mirrored(images: Tensor, draws: torch.Generator) -> Tensor:
     """Which images are mirrored, [B, 1]."""
-    return torch.randint(2, (len(images), 1), generator=draws).bool().to(images.device, non_blocking=True)
+    drawn = rng.rows(partial(torch.randint, 2), (len(images), 1), generator=draws)
+    return drawn.bool().to(images.device, non_blocking=True)
 
 
 def _window(places: Tensor, start: Tensor, target: Tensor, length: Tensor) -> Tensor:
