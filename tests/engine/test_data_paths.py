@@ -18,7 +18,7 @@ from torch.utils.data import TensorDataset
 from small_runs import clat, document, log, outcome, recipe, resume
 from toughen import data
 from toughen.data import StreamedSet
-from toughen.engine import Trainer, create_model
+from toughen.engine import Interrupted, Trainer, create_model
 from toughen.errors import InputError
 from toughen.run_folder import RunFolder
 
@@ -91,11 +91,10 @@ def test_skipped_images_are_counted_in_each_epoch_also_after_a_cut(tmp_path: Pat
     plan = recipe(**changes)
     trainer = Trainer(plan, out=tmp_path / "run")
     if cut:
-        trainer._epoch_start()
-        first = next(iter(trainer.loader.epoch(0)))
-        trainer._step(first)
-        trainer.progress.step, trainer.progress.skipped = 1, 29 - len(first.y)
-        trainer._save("last")
+        trainer._wishes._wish = 2  # as a signal would, before the first step
+        with pytest.raises(Interrupted):
+            trainer.fit()
+        assert trainer.progress.step == 1
         run = resume(tmp_path / "run")
     else:
         run = trainer.fit()

@@ -54,10 +54,24 @@ def test_a_collapsed_run_that_is_cut_before_its_evaluation_does_not_train_again(
     assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 2
 
 
-def test_a_smaller_drop_and_a_run_without_the_guard_go_on(tmp_path, monkeypatch):
-    for number, settings in enumerate([{"max_drop": 0.35}, {}]):
-        run = run_with([0.3, 0.5, 0.2, 0.6], tmp_path / str(number), monkeypatch, **settings)
-        assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 4
+def test_a_smaller_drop_goes_on(tmp_path, monkeypatch):
+    run = run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", monkeypatch, max_drop=0.35)
+    assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 4
+    assert not any("collapse" in row for row in run.log())
+
+
+def test_without_the_guard_a_collapse_is_named_and_the_run_goes_on(tmp_path, monkeypatch):
+    with pytest.warns(
+        Notice, match=r"run: robust validation accuracy fell from 0\.500 to 0\.200 in epoch 3: catastroph"
+    ):
+        run = run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", monkeypatch)
+    assert checkpoint.read_state(run.checkpoints / "last")["epoch"] == 4
+    assert ["collapse" in row for row in run.log()] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("robust", [[0.5, 0.29, 0.6], [0.3, 0.12, 0.6]], ids=["more than half stays", "a small fall"])
+def test_an_ordinary_fall_is_no_collapse(tmp_path, monkeypatch, robust):
+    assert not any("collapse" in row for row in run_with(robust, tmp_path / "run", monkeypatch).log())
 
 
 @pytest.mark.parametrize("drop", [0.0, 1.0, 20.0])

@@ -270,7 +270,7 @@ def test_a_folder_that_holds_a_run_is_refused_and_kept(tmp_path, finished):
 
 
 @pytest.mark.parametrize("checkpoint_steps", [None, 1])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_earlier_checkpoint(tmp_path, checkpoint_steps):
+def test_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_earlier_checkpoint(tmp_path, checkpoint_steps):
     wanted = recipe(train={"epochs": 3, "checkpoint_steps": checkpoint_steps})
     model = create_model(wanted.model, data.load(wanted.data), seed=0)
 
@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_earlier_checkpoin
 
     model.register_forward_hook(spoil)
 
-    with pytest.raises(InputError, match=r"loss is not finite in epoch 3 \(loss nan.*lower train\.lr"):
+    with pytest.raises(InputError, match=r"gradient is not finite in epoch 3, step 1 .*lower train\.lr"):
         Trainer(wanted, out=tmp_path / "run", model=model).fit()
 
     run = RunFolder(tmp_path / "run")

@@ -1,8 +1,13 @@
 """Where the command line speaks: results to standard output, everything else to standard error."""
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 
 from rich.console import Console
+
+from toughen import processes
 
 out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
@@ -11,3 +16,14 @@ err = Console(stderr=True)
 def note(text: str) -> None:
     """Tell the user something beside the results, in one line."""
     err.print(f"note: {text}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def first_alone_speaks() -> Iterator[None]:
+    """Inside, what the other processes print goes nowhere."""
+    with ExitStack() as stack:
+        if processes.rank() > 0:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from rich.table import Table
 from torch import nn
 
 from toughen import data, processes
-from toughen.cli.console import note, out
+from toughen.cli.console import first_alone_speaks, note, out
 from toughen.cli.files import check_folder, check_output, write, write_plot
 from toughen.cli.target import Target, check_samples, find_target
 from toughen.data import Images
@@ -39,19 +37,8 @@ _OF_THE_RUN = ("data", "samples", "eps", "norm", "step_size", "seed", "batch_siz
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """Measure clean and attacked accuracy of a TARGET, in all processes that were started."""
-    with processes.joined(), processes.sigterm_interrupts(), _first_alone_speaks():
+    with processes.joined(), processes.sigterm_interrupts(), first_alone_speaks():
         _evaluate(options)
-
-
-@contextmanager
-def _first_alone_speaks() -> Iterator[None]:
-    """Inside, what the other processes print goes nowhere."""
-    with ExitStack() as stack:
-        if processes.rank() > 0:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(redirect_stdout(nowhere))
-            stack.enter_context(redirect_stderr(nowhere))
-        yield
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -253,7 +240,7 @@ def _say_flags(flags: Sequence[Flag], *, checked: bool) -> None:
 
 def run_transfer(options: argparse.Namespace) -> None:
     """Let every TARGET attack every other one, in all processes that were started."""
-    with processes.joined(), processes.sigterm_interrupts(), _first_alone_speaks():
+    with processes.joined(), processes.sigterm_interrupts(), first_alone_speaks():
         _transfer(options)
 
 

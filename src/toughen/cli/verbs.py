@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import yaml
 from rich.table import Table
 from torch import nn
 
-from toughen import data, models
+from toughen import data, models, processes
 from toughen.attacks import PGD
-from toughen.cli.console import err, note, out
+from toughen.cli.console import err, first_alone_speaks, note, out
 from toughen.cli.evaluating import run_evaluate, run_transfer
 from toughen.cli.files import check_output, write, write_plot
 from toughen.cli.target import check_samples, find_target
@@ -30,6 +31,23 @@ from toughen.run_folder import RunFolder
 
 
 def _train(options: argparse.Namespace) -> None:
+    with processes.joined(), first_alone_speaks():
+        _go_on_after_restart(options)
+        _train_here(options)
+
+
+def _go_on_after_restart(options: argparse.Namespace) -> None:
+    """Where ``torchrun`` starts the same command once more after a failure, let it resume what it began."""
+    if options.resume or options.dry_run or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        return
+    if not options.out:
+        raise InputError("torchrun --max-restarts needs --out DIR: a restart has to find the run that it goes on with")
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if restarted and RunFolder(Path(options.out)).config_file.is_file():
+        options.resume, options.out, options.words = options.out, None, []
+
+
+def _train_here(options: argparse.Namespace) -> None:
     words: list[str] = options.words
     if options.resume:
         if words or options.out:
@@ -58,7 +76,8 @@ def _train(options: argparse.Namespace) -> None:
         run = trainer.fit()
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted(f"Continue with: toughen train --resume {trainer.folder.path}") from None
-    _show(run)
+    if processes.rank() == 0:
+        _show(run)
 
 
 def _kept_branches(recipe: Recipe, words: list[str]) -> list[str]:

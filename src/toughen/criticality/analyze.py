@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from toughen import processes
 from toughen.attacks import Attack
 from toughen.criticality.curvature import curvature
 from toughen.criticality.index import CriticalityReport, LayerCriticality, criticality
@@ -78,6 +79,9 @@ def analyze(
     Each batch is attacked at the model's output, then clean and perturbed images go through together in eval mode;
     each layer is reduced to one number per sample inside the forward, so memory does not grow with depth.
 
+    Where ``torch.distributed`` is initialised, all processes must call this, each with images of its own; the sums
+    are added up in float64, and all get the same report.
+
     Args:
         model: Any module that maps [B, ...] images to [B, K] logits; left exactly as found.
         batches: (x, y) pairs (or ``Batch``): x [B, ...] float inside the attack's bounds, y [B] int64. Together 10 to
@@ -98,12 +102,15 @@ def analyze(
     sums: _Sums | None = None
     for number, (x, y, *_) in enumerate(batches):
         x, y = x.to(device), y.to(device)  # noqa: PLW2901
-        check_images(x, attack.threat.bounds)
         if layers is None:
             layers = map_layers(model, x[:1], granularity=options.granularity, exclude=options.exclude)
         if sums is None:
             sums = _Sums(layers, options)
-        x_adv = attack(model, x, y, generator=generator(seed, "analyze", number, device=device))
+        if not len(x):  # of a batch that is dealt out to more processes than it has images
+            continue
+        check_images(x, attack.threat.bounds)
+        draw = generator(seed, "analyze", number, device=device, share=processes.share())
+        x_adv = attack(model, x, y, generator=draw)
         with (
             mode(model, training=False),
             without_weight_gradients(model),

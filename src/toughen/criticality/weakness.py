@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from toughen import processes
 
 WeaknessNorm = Literal["dim", "rms", "none", "relative"]
 Expectation = Literal["mean", "rms"]
@@ -80,22 +81,14 @@ class WeaknessSums:
             self.counts[name] += other.counts[name]
 
     def merge_processes(self) -> None:
-        """Add up the sums of all processes, so that every one of them sees the same numbers.
-
-        Does nothing unless torch.distributed runs.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
+        """Add up the sums of all processes, so that every one of them sees the same numbers."""
+        if processes.count() == 1:
             return
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        packed = torch.tensor(
-            [[float(self.sums[name]), float(self.counts[name])] for name in self.names],
-            dtype=torch.float64,
-            device=device,
-        )
-        dist.all_reduce(packed)
-        for name, (total, count) in zip(self.names, packed.tolist(), strict=True):
-            self.sums[name] = torch.tensor(total, dtype=torch.float64)
-            self.counts[name] = int(count)
+        mine = [(float(self.sums[name]), self.counts[name]) for name in self.names]
+        everyones = zip(*processes.gathered(mine), strict=True)
+        for name, parts in zip(self.names, everyones, strict=True):
+            self.sums[name] = torch.tensor(math.fsum(total for total, _ in parts), dtype=torch.float64)
+            self.counts[name] = sum(count for _, count in parts)
 
     def means(self) -> dict[str, float]:
         """Return the expectation for each layer; NaN for one that saw no sample."""

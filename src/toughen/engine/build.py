@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from toughen import data as datasets
-from toughen import models
+from toughen import models, processes
 from toughen.data import DataSplits, TrainLoader
-from toughen.engine.recipe import MixtureSettings, ModelSettings, Recipe
+from toughen.engine.recipe import MixtureSettings, ModelSettings, Recipe, TrainSettings
 from toughen.errors import InputError, Notice
 from toughen.methods import Stack
 
@@ -98,12 +98,22 @@ def _create_network(
     return model
 
 
+def _rows_per_process(settings: TrainSettings) -> int:
+    parts = processes.count() * settings.accumulate
+    if settings.batch_size % parts:
+        raise InputError(
+            f"train.batch_size={settings.batch_size} does not divide into {processes.count()} processes times"
+            f" train.accumulate={settings.accumulate}; set it to a multiple of {parts}"
+        )
+    return settings.batch_size // processes.count()
+
+
 def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str) -> TrainLoader:
-    """Return the training batches of a recipe.
+    """Return the training batches of a recipe, of several processes the part that is this one's.
 
     Raises:
-        InputError: The batch size does not fit the data, the recipe names extra images that the data has not, or a
-            method has to follow pixels through augmentations that change them.
+        InputError: The batch size does not fit the data or the number of processes, the recipe names extra images that
+            the data has not, or a method has to follow pixels through augmentations that change them.
     """
     if recipe.data.extra is not None and data.extra is None:
         raise InputError(
@@ -112,11 +122,12 @@ def training_loader(recipe: Recipe, data: DataSplits, device: torch.device | str
         )
     return datasets.train_loader(
         data,
-        batch_size=recipe.train.batch_size,
+        batch_size=_rows_per_process(recipe.train),
         device=device,
         seed=recipe.train.seed,
         augment=recipe.data.augmentations,
         extra_fraction=recipe.data.extra.fraction if recipe.data.extra else 0.0,
         workers=recipe.data.num_workers,
+        share=processes.share(),
         track_pixels=any(method.needs_source for method in recipe.method.methods),
     )

@@ -5,7 +5,10 @@ import shutil
 from typing import Literal
 
 import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 
+from toughen import processes
 from toughen.engine.recipe import Device, TrainSettings
 from toughen.errors import InputError
 
@@ -19,6 +22,28 @@ def pick_device(wanted: Device) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise InputError("the device is to be 'cuda' but torch finds no CUDA device; use auto or cpu")
     return wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_fabric(settings: TrainSettings) -> Fabric:
+    """Return what places a run on its devices, once the processes that ``torchrun`` started know one another.
+
+    Raises:
+        InputError: CUDA is wanted and there is none.
+    """
+    processes.join()
+    device, count = pick_device(settings.device), processes.started()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # a method may leave out layers in one step that it trains in the next
+    ddp = DDPStrategy(find_unused_parameters=True)
+    fabric = Fabric(
+        accelerator=device,
+        devices=here if count > 1 else 1,
+        num_nodes=count // here if count > 1 else 1,
+        precision=pick_precision(settings),
+        strategy=ddp if count > 1 else "auto",
+    )
+    fabric.launch()
+    return fabric
 
 
 def check_compiler(settings: TrainSettings) -> None:

@@ -12,7 +12,10 @@ from toughen.objectives import Live
 
 
 def make_optimizer(live: Live, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Make one optimizer over all parameters, whatever is frozen later: a frozen one has no gradient and is skipped."""
+    """Make one optimizer over all parameters, whatever is frozen later: a frozen one has no gradient and is skipped.
+
+    It is a fused one, which can be told on the device to leave everything as it is.
+    """
     groups: list[dict[str, Any]] = [{"params": live.parameters()}]
     if settings.norm_decay == "exclude":
         norms = _norm_parameters(live)
@@ -21,13 +24,14 @@ def make_optimizer(live: Live, settings: TrainSettings) -> torch.optim.Optimizer
             {"params": [p for p in live.parameters() if id(p) in norms], "weight_decay": 0.0},
         ]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     return torch.optim.SGD(
         groups,
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
+        fused=True,
     )
 
 

@@ -21,8 +21,8 @@ console = Console(stderr=True)
 class EpochProgress:
     """Counts steps over all epochs of a run; says one line per epoch where there is no terminal."""
 
-    def __init__(self, bar: Progress | None, total: int) -> None:
-        self._bar = bar
+    def __init__(self, bar: Progress | None, total: int, *, silent: bool = False) -> None:
+        self._bar, self._silent = bar, silent
         self._task = None if bar is None else bar.add_task("training", total=total, status="")
 
     def at(self, step: int) -> None:
@@ -34,15 +34,15 @@ class EpochProgress:
         """Tell how the last epoch went: in a few words behind the bar, or in a line where there is no bar."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, status=status)
-        else:
+        elif not self._silent:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def epoch_progress(title: str, *, total: int, show: bool) -> Iterator[EpochProgress]:
-    """Show the progress of a run inside the ``with``; ``show=False`` shows nothing but the lines."""
-    if not (show and console.is_terminal):
-        yield EpochProgress(None, total)
+def epoch_progress(title: str, *, total: int, show: bool, silent: bool = False) -> Iterator[EpochProgress]:
+    """Show the progress of a run inside the ``with``; without ``show`` only in lines, with ``silent`` not at all."""
+    if silent or not (show and console.is_terminal):
+        yield EpochProgress(None, total, silent=silent)
         return
     columns = (
         TextColumn(title),

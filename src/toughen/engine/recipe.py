@@ -91,7 +91,11 @@ class TrainSettings:
 
     Args:
         epochs: Length of the run, and of the learning-rate schedule.
-        batch_size: Images per step; the last, smaller batch of an epoch is dropped.
+        batch_size: Images per step, of all processes together; the last, smaller batch of an epoch is dropped.
+        accumulate: In how many parts a process takes its images of a step, where memory has no room for all at once;
+            their gradients are added up. Batch norm in train mode sees a part at a time.
+        batch_norm: Where several processes train, whether batch norm in train mode takes its statistics over all
+            (``"sync"``, as one process would) or over each one's own images (``"local"``; running ones are averaged).
         optimizer: ``"sgd"`` with momentum, or ``"adamw"``.
         lr: Initial (cosine, piecewise, auto, constant) or largest (cyclic, onecycle) learning rate.
         momentum: Of SGD.
@@ -116,6 +120,8 @@ class TrainSettings:
         compile: Whether ``torch.compile`` takes over the network's forward. It works for a minute or two at the start
             and after each selection; results are equal up to rounding.
         checkpoint_steps: Steps between extra checkpoints inside an epoch; None writes one per epoch.
+        nonfinite: What to do where a gradient is not finite. The step is left out in any case; ``"stop"`` then ends the
+            run and keeps the batch for inspection, ``"skip"`` counts it in the log and goes on.
 
     Raises:
         InputError: A number is out of its range.
@@ -123,6 +129,8 @@ class TrainSettings:
 
     epochs: int
     batch_size: int = 128
+    accumulate: int = 1
+    batch_norm: Literal["sync", "local"] = "sync"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -141,9 +149,10 @@ class TrainSettings:
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     compile: bool = False
     checkpoint_steps: int | None = None
+    nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "validate_every", "checkpoint_steps"):
+        for name in ("epochs", "batch_size", "accumulate", "patience", "validate_every", "checkpoint_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"train.{name} is {value}; it must be at least 1")
@@ -241,6 +250,12 @@ class Recipe:
                 f"{self.method.label} would train both networks of a mixture, which are to stay as they are; train them"
                 " before, in runs of their own, and the mixture with adaptive-smoothing"
             )
+        for method in self.method.methods:
+            if self.train.accumulate > 1 and not method.takes_parts:
+                raise InputError(
+                    f"{method.label} does not go with train.accumulate={self.train.accumulate}: it carries a"
+                    " perturbation from one use of a batch to the next; set it to 1"
+                )
         for name, branch in self.branches.items():
             self._check_branch(name, branch)
         for name in self.evaluate.attacks:

@@ -1,41 +1,39 @@
 """The training loop: one run from its first epoch, or from a checkpoint, to its evaluation and its branches."""
 
 import math
-import signal
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from toughen import data as datasets
-from toughen import models
+from toughen import models, processes
 from toughen.criticality.selection import Selection
 from toughen.data import DataSplits, Images
-from toughen.engine import checkpoint
+from toughen.engine import checkpoint, epoch_sums
 from toughen.engine.auto_rate import halvings
 from toughen.engine.branch import continue_methods
 from toughen.engine.build import check_methods, create_model, training_loader
-from toughen.engine.device import check_compiler, pick_device, pick_precision
+from toughen.engine.device import check_compiler, make_fabric, pick_precision
+from toughen.engine.faults import LOOK_EVERY, FaultWatch, collapse
 from toughen.engine.flops import flops_per_image
 from toughen.engine.optim import continue_momentum, make_optimizer, parameter_names
 from toughen.engine.progress import EpochProgress, attack_progress, epoch_line, epoch_progress, epoch_status
 from toughen.engine.provenance import provenance
 from toughen.engine.recipe import Recipe
-from toughen.errors import InputError
+from toughen.engine.update import Updater
+from toughen.engine.wishes import Wishes
+from toughen.errors import InputError, Notice
 from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
-from toughen.layers import compile_forward
+from toughen.layers import compile_forward, synchronise_norms
 from toughen.layers.taps import random_state_kept
 from toughen.objectives import PGDAT
-from toughen.processes import sigterm_interrupts
-from toughen.rng import stream_seed
 from toughen.run_folder import RunFolder
 from toughen.types import Batch
 
@@ -65,6 +63,9 @@ class _Progress:
 class Trainer:
     """Trains a recipe, writes its run folder, and goes on from wherever an earlier attempt stopped.
 
+    Where ``torchrun`` started several processes, each makes a trainer of the same settings and trains on its share of
+    every batch; the first one writes. The run folder must lie where all of them can read it.
+
     Args:
         recipe: The whole run.
         out: The run folder, new or to be continued; None is ``runs/MODEL-DATA``, with a number where that is taken.
@@ -91,11 +92,7 @@ class Trainer:
     ) -> None:
         self.recipe = recipe
         self.settings = recipe.train
-        self.fabric = Fabric(
-            accelerator=pick_device(self.settings.device),
-            devices=1,
-            precision=pick_precision(self.settings),
-        )
+        self.fabric = make_fabric(self.settings)
         self.device = self.fabric.device
         self.data = datasets.load(recipe.data, device=self.device) if data is None else data
         if model is None:
@@ -105,6 +102,8 @@ class Trainer:
             models.check_fit(model, image_shape=self.data.train.shape, num_classes=len(self.data.train.classes))
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
+        if processes.count() > 1 and self.settings.batch_norm == "sync":
+            synchronise_norms(self.model)
         if self.settings.compile:
             check_compiler(self.settings)
             compile_forward(self.model)
@@ -112,15 +111,17 @@ class Trainer:
         check_methods(recipe, self.model, self.data)
         self.show_progress = show_progress
         self.progress = _Progress()
-        self._stop_asked = False
-        self.folder = self._open(out) if resume else self._create(out)
-        resumed = checkpoint.exists(self.folder.checkpoints / "last")
+        self._wishes = Wishes()
+        self.folder = processes.by_first(lambda: self._open(out) if resume else self._create(out))
+        resumed = processes.by_first(lambda: checkpoint.exists(self.folder.checkpoints / "last"))
         if resume and not resumed and start is None and (run := self.folder.parent_run) is not None:
             raise InputError(f"branch {self.folder.path} has no checkpoint yet; resume its run: --resume {run.path}")
         if start is not None and not resumed:
             checkpoint.load_training(start.checkpoints / "last", self.model)
         self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
         self.optimizer = make_optimizer(self.live, self.settings)
+        self._faults = FaultWatch(self.settings.nonfinite, self.folder)
+        self._updater = Updater(self.fabric, self.live, self.optimizer, self.settings)
         if resumed:
             self._go_on_from("last")
         elif start is not None:
@@ -141,7 +142,8 @@ class Trainer:
         recipe = self.recipe
         folder = Path(out) if out else RunFolder.free(f"{recipe.model.name}-{recipe.data.name}")
         facts = provenance(seed=self.settings.seed, device=self.device, precision=pick_precision(self.settings))
-        return RunFolder.create(folder, recipe.document(), {**facts, "images": self.data.identity()})
+        facts |= {"processes": processes.count(), "images": self.data.identity()}
+        return RunFolder.create(folder, recipe.document(), facts)
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -153,24 +155,25 @@ class Trainer:
 
         Raises:
             Interrupted: The process was asked to stop; the checkpoint is written.
-            InputError: The loss became infinite; the checkpoint of the epoch before is kept.
+            InputError: A gradient or the loss became infinite; the checkpoint from before is kept.
         """
         if self.folder.finished:
             return self.folder
         total = self.recipe.stop_epoch * self.loader.steps_per_epoch
         with (
-            self._stopping_politely(),
+            self._wishes.heard(),
             random_state_kept(self.model),
-            epoch_progress(self._title(), total=total, show=self.show_progress) as progress,
+            epoch_progress(
+                self._title(), total=total, show=self.show_progress, silent=processes.rank() > 0
+            ) as progress,
         ):
             while self.progress.epoch < self.recipe.stop_epoch and not self._over():
                 self._epoch(progress)
             self._finish()
-            if self._stop_asked:
-                raise Interrupted
+            self._stop_if_asked()
         self.live.release()
         try:
-            with sigterm_interrupts():
+            with processes.sigterm_interrupts():
                 self._evaluate()
         except KeyboardInterrupt:
             raise Interrupted from None
@@ -186,7 +189,7 @@ class Trainer:
                 show_progress=self.show_progress,
             ).fit()
         facts = {"epochs": self.progress.epoch, "method": self.recipe.method.label, **self.live.facts()}
-        self.folder.write_finished(facts)
+        processes.by_first(lambda: self.folder.write_finished(facts))
         return self.folder
 
     def _epoch(self, progress: EpochProgress) -> None:
@@ -194,22 +197,28 @@ class Trainer:
         started = time.perf_counter() - now.seconds
         if now.step == 0:
             self._epoch_start()
+        self._updater.epoch_start()
+        self._faults.begin(now.sums, now.step)
         self.model.train()
         for batch in self.loader.epoch(now.epoch, start_step=now.step):
             self._step(batch)
-            now.skipped += self.settings.batch_size - len(batch.y)
+            now.skipped += self.settings.batch_size // processes.count() - len(batch.y)
             now.step += 1
             progress.at(now.epoch * self.loader.steps_per_epoch + now.step)
-            stop = self._stop_asked  # once per step: a wish that comes later waits for the next
-            if stop or self._checkpoint_due():
+            self._wishes.look()  # once per step: a wish that comes later waits for the next
+            save = self._wishes.save or self._checkpoint_due()
+            if save or now.step % LOOK_EVERY == 0:
+                self._look_for_faults()
+            if save:
                 self._means()  # weights that a loss without a number has spoiled are not saved
                 now.seconds = time.perf_counter() - started
                 self._save("last")
-            if stop:
+            if self._wishes.stop:
                 raise Interrupted
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now.seconds = time.perf_counter() - started
+        self._look_for_faults()
         self._epoch_end(progress)
 
     def _epoch_start(self) -> None:
@@ -233,7 +242,7 @@ class Trainer:
 
     def _write_selection(self, selection: Selection) -> None:
         report = {"epoch": selection.epoch, "selected": selection.layers, **selection.report.to_dict()}
-        self.folder.write_report(selection.epoch, report)
+        processes.by_first(lambda: self.folder.write_report(selection.epoch, report))
 
     def _step(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
@@ -243,19 +252,9 @@ class Trainer:
             self._update(batch, replay)
 
     def _update(self, batch: Batch, replay: int) -> None:
-        # what dropout and its like draw depends on the step alone, as all other randomness does
-        place = (self.progress.epoch, self.progress.step, *([replay] if replay else []))
-        torch.manual_seed(stream_seed(self.settings.seed, "forward", *place))
-        with self.fabric.autocast():
-            output = self.live.on(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(output.loss)
-        self.optimizer.step()
-        self.live.step_end()
-        sums = self.progress.sums
-        for name, value in {"loss": output.loss.detach(), **output.terms}.items():
-            part = value.double() / self.live.replays
-            sums[name] = sums[name] + part if name in sums else part
+        now = self.progress
+        terms = self._updater.update(batch, now.epoch, now.step, *([replay] if replay else []))
+        epoch_sums.add(now.sums, terms, step=now.step, replays=self.live.replays)
 
     def _lr(self) -> float:
         """The rate of the coming step: the schedule, counted from where the method wants it, times its factor."""
@@ -274,16 +273,20 @@ class Trainer:
     def _epoch_end(self, progress: EpochProgress) -> None:
         now = self.progress
         means = self._means()
+        norm, left_out = means.pop("gradient_norm"), epoch_sums.left_out(now.sums)
+        skipped = round(processes.count() * processes.mean(now.skipped))
         lr = self.optimizer.param_groups[0]["lr"]
         epoch = now.epoch + 1
         row: dict[str, Any] = {
             "epoch": epoch,
             "method": self.recipe.method.label,
             "losses": means,
+            "gradient_norm": norm,
             "lr": lr,
             "seconds": now.seconds,
-            "images_per_second": self.loader.images_per_epoch / now.seconds,
-            **({"skipped_images": now.skipped} if now.skipped else {}),
+            "images_per_second": processes.count() * self.loader.images_per_epoch / now.seconds,
+            **({"skipped_images": skipped} if skipped else {}),
+            **({"skipped_updates": left_out} if left_out else {}),
             "trainable_share": self._trainable_share(),
             "selected": self.live.selected,
             "gflops_per_image": now.flops / 1e9,
@@ -293,9 +296,18 @@ class Trainer:
         self.live.epoch_end((batch.x, batch.y) for batch in self._batches(self.data.train))
         if epoch % self.settings.validate_every == 0 or epoch == self.recipe.stop_epoch:
             row["validation"] = self._validate()
-        if self._has_collapsed(row):
+        fell = collapse(now.log, row, max_drop=self.settings.max_drop)
+        if fell is not None and self.settings.max_drop is not None:
             self._stop_collapsed(row, progress)
             return
+        if fell is not None:
+            row["collapse"] = fell
+            if processes.rank() == 0:
+                message = (
+                    f"{self.folder.path.name}: {fell} in epoch {epoch}: catastrophic overfitting;"
+                    " train.max_drop=0.2 ends a run there"
+                )
+                warnings.warn(message, Notice, stacklevel=2)
         now.epoch, now.step = epoch, 0
         now.log.append(row)
         now.seconds, now.skipped = 0.0, 0
@@ -307,12 +319,16 @@ class Trainer:
             self._save("best")
         if self.settings.schedule == "auto" and now.epoch in self._halvings():
             self._take_up_best()
-        self.folder.write_log(now.log)
+        processes.by_first(lambda: self.folder.write_log(now.log))
         if self.settings.max_drop is not None and "validation" in row:
             self._save("validated")
         self._save("last")
         progress.say(epoch_line(self.folder.path.name, row), status=epoch_status(now.log))
-        if self._stop_asked:
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        self._wishes.look()
+        if self._wishes.stop:
             raise Interrupted
 
     def _take_up_best(self) -> None:
@@ -322,16 +338,10 @@ class Trainer:
         self.live.load_state_dict(state["live"])
         self.live.calls = calls
 
-    def _has_collapsed(self, row: dict[str, Any]) -> bool:
-        """Whether robust accuracy fell off a cliff: catastrophic overfitting, as single-step training knows it."""
-        before = [past["validation"]["robust"] for past in self.progress.log if "validation" in past][-1:]
-        most = self.settings.max_drop
-        return most is not None and "validation" in row and any(b - row["validation"]["robust"] > most for b in before)
-
     def _stop_collapsed(self, row: dict[str, Any], progress: EpochProgress) -> None:
         """End the run as it was at the validation before; the log tells what was seen."""
         row["ended"] = f"robust validation accuracy fell by more than train.max_drop={self.settings.max_drop:g}"
-        self.folder.write_log([*self.progress.log, row])
+        processes.by_first(lambda: self.folder.write_log([*self.progress.log, row]))
         # not "last": that may be from inside this epoch, or from one that was not validated
         self._go_on_from("validated")
         now = self.progress
@@ -356,7 +366,7 @@ class Trainer:
     def _means(self) -> dict[str, float]:
         """The mean of each loss term over the steps of this epoch so far; refuses to go on if one is not finite."""
         now = self.progress
-        means = {name: float(total) / now.step for name, total in now.sums.items()}
+        means = epoch_sums.means(now.sums, steps=now.step, replays=self.live.replays)
         if not all(math.isfinite(value) for value in means.values()):
             terms = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
             raise InputError(
@@ -364,6 +374,16 @@ class Trainer:
                 f"The checkpoint from before is kept in {self.folder.checkpoints}"
             )
         return means
+
+    def _look_for_faults(self) -> None:
+        now = self.progress
+        self._faults.look(
+            now.sums,
+            epoch=now.epoch,
+            step=now.step,
+            replays=self.live.replays,
+            batch_at=lambda step: next(iter(self.loader.epoch(now.epoch, start_step=step))),
+        )
 
     def _trainable_share(self) -> float:
         trainable: int = sum(parameter.numel() for parameter in self.live.trainable())
@@ -394,7 +414,7 @@ class Trainer:
                     seed=self.settings.seed,
                     batch_size=recipe.test_batch_size,
                     journal=Journal(self.folder.evals(name), facts),
-                    progress=progress,
+                    progress=progress if processes.rank() == 0 else None,
                 )
 
     def _batches(self, images: Images) -> Iterable[Batch]:
@@ -414,6 +434,7 @@ class Trainer:
 
     def _save(self, name: str) -> None:
         network = self.live.deployed()
+        self._share_progress()
         state = {
             **vars(self.progress),
             "live": self.live.state_dict(),
@@ -421,7 +442,15 @@ class Trainer:
             "parameter_names": parameter_names(self.optimizer, self.live),
             "training": None if network is self.model else self.model.state_dict(),
         }
-        checkpoint.save(self.folder.checkpoints / name, network, state)
+        processes.by_first(lambda: checkpoint.save(self.folder.checkpoints / name, network, state))
+
+    def _share_progress(self) -> None:
+        """Let what every process has added up of its own be that of all, as one that resumes will take it."""
+        now = self.progress
+        if processes.count() > 1:
+            now.sums = epoch_sums.of_all(now.sums)
+            skipped = round(processes.count() * processes.mean(now.skipped))
+            now.skipped = skipped if processes.rank() == 0 else 0
 
     def _go_on_from(self, name: str) -> None:
         """Take up this run where a checkpoint left it, in the middle of an epoch or between two."""
@@ -430,6 +459,7 @@ class Trainer:
         self.live.load_state_dict(state["live"])
         now = _Progress(**{name: state[name] for name in vars(_Progress())})
         now.sums = {name: value.to(self.device) for name, value in now.sums.items()}
+        now.skipped = now.skipped if processes.rank() == 0 else 0
         self.progress = now
 
     def _continue_from(self, start: RunFolder) -> None:
@@ -444,20 +474,3 @@ class Trainer:
         self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])
         if self.settings.schedule == "auto" == config["train"]["schedule"]:
             self.progress.past = [*state["past"], *(row["validation"]["robust"] for row in state["log"])]
-
-    @contextmanager
-    def _stopping_politely(self) -> Iterator[None]:
-        """Turn Ctrl-C and SIGTERM into a wish that the loop fulfils after the step under way."""
-
-        def ask(_signal: int, _frame: FrameType | None) -> None:
-            self._stop_asked = True
-
-        try:
-            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: the signals belong to somebody else
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

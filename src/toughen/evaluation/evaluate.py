@@ -22,7 +22,6 @@ from toughen.evaluation.masking import check_model
 from toughen.evaluation.outcomes import EvalResult, Stage
 from toughen.evaluation.samples import CLEAN, STANDS, Found, Samples, chunked, rounded
 from toughen.evaluation.sanity import check_results
-from toughen.evaluation.sharing import shared
 from toughen.evaluation.suites import EvalAttack, Search, check_attack
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, without_weight_gradients
 from toughen.rng import generator
@@ -193,7 +192,7 @@ class _Evaluation:
                 self.progress(title, done, len(places))
                 place = (number, first + rank)
                 mine = partial(self._attack, search, attack, *place, *turn[rank]) if rank < len(turn) else None
-                for found, cost in shared(mine):
+                for found, cost in processes.shared(mine):
                     samples.take(found, number)
                     stages[number] = _added(stages[number], cost)
                 done = stages[number].attacked

@@ -16,7 +16,6 @@ from toughen import processes
 from toughen.data import Images
 from toughen.errors import InputError
 from toughen.evaluation.outcomes import EvalResult
-from toughen.evaluation.sharing import shared
 from toughen.run_folder import file_name, write_text
 
 _SECONDS = 10.0  # between two writes of an unfinished attack: a SIGKILL loses no more
@@ -49,7 +48,7 @@ class Journal:
         Raises:
             InputError: The file can't be read.
         """
-        [(found,)] = shared(partial(self._read, empty) if processes.rank() == 0 else None)
+        [(found,)] = processes.shared(partial(self._read, empty) if processes.rank() == 0 else None)
         if found is not None and found.complete:
             self.reused.append(found.attack)
         return found

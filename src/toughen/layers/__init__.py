@@ -4,6 +4,7 @@ from toughen.layers.candidates import Granularity
 from toughen.layers.compiled import compile_forward
 from toughen.layers.folding import norms_folded
 from toughen.layers.layer_map import Layer, LayerMap, map_layers
+from toughen.layers.synced_norms import synchronise_norms
 from toughen.layers.taps import tap
 from toughen.layers.trainable import NormStats, TrainableSet
 from toughen.layers.view import ModelView
@@ -18,5 +19,6 @@ __all__ = [
     "compile_forward",
     "map_layers",
     "norms_folded",
+    "synchronise_norms",
     "tap",
 ]

@@ -9,11 +9,12 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from toughen.layers.synced_norms import SyncedBatchNorm
 from toughen.layers.taps import buffers_kept, mode, random_state_kept, tap
 
 # exactly these: a subclass may do more in its forward, as timm's norms do with their activation
 _LINEAR_MAPS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncedBatchNorm)
 
 Pair = tuple[str, str]  # qualified names: the convolution (or linear map), and the batch norm that takes its output
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from toughen import processes
 from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
 from toughen.errors import InputError
@@ -104,6 +105,7 @@ class LiveAWP(LiveWrapper):
         # the pass that counts must meet the same dropout, and statistics must move once per step
         with buffers_kept(self.model), random_state_kept(self.model):
             gradients = torch.autograd.grad(self.inner.loss(adv).loss, weights, allow_unused=True)
+        processes.average([gradient for gradient in gradients if gradient is not None])
         return {
             w: self.settings.gamma * w.detach().norm() / (gradient.norm() + TINY) * gradient
             for w, gradient in zip(weights, gradients, strict=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toughen import processes
 from toughen.attacks import Attack, gaussian_start
 from toughen.attacks.threat import BALLS
 from toughen.criticality.selection import Selection
@@ -101,6 +102,7 @@ class LiveCarryOver(LiveWrapper):
         self._format = _FORMATS[attack.threat.norm]
         self._scale = attack.threat.eps / _LEVELS if attack.threat.norm == "linf" else 1.0
         self._stored: Tensor | None = None  # [N + 1, C, H, W]; the last row stays empty, for images that are not stored
+        self._own = torch.zeros(0, dtype=torch.bool)  # [N + 1]: which rows this process stored, and no other knows yet
         self._collected: list[tuple[Tensor, Tensor]] = []  # rows [B] and values [B, C, H, W], until there is a table
 
     def epoch_start(
@@ -112,7 +114,8 @@ class LiveCarryOver(LiveWrapper):
         if every is not None and begun % every == 0:
             self._stored, self._collected = None, []
         elif self._collected:
-            self._stored, self._collected = self._table(), []
+            self._collect()
+        self._exchange()
         return super().epoch_start(epoch, probe, optimizer=optimizer)
 
     def perturb(self, batch: Batch, *, generator: torch.Generator) -> AdversarialBatch:
@@ -144,6 +147,7 @@ class LiveCarryOver(LiveWrapper):
         else:
             self._stored[rows] = found
             self._stored[-1] = self._format.none
+            self._own[rows] = True
         return adv
 
     def _start(self, x: Tensor, values: Tensor, generator: torch.Generator) -> Tensor:
@@ -180,22 +184,39 @@ class LiveCarryOver(LiveWrapper):
         places = torch.where(source < 0, num_pixels, source).flatten(1)[:, None].expand(-1, stored.shape[1], -1)
         return F.pad(stored.flatten(2), (0, 1), value=self._format.none), places
 
-    def _table(self) -> Tensor:
-        """What was collected, by image."""
-        num_images = 1 + int(torch.cat([rows for rows, _ in self._collected]).max())
+    def _collect(self) -> None:
+        """Lay what was collected into a table, by image."""
+        num_images = 1 + max(processes.gathered(int(torch.cat([rows for rows, _ in self._collected]).max())))
         first = self._collected[0][1]
-        table = first.new_full((num_images + 1, *first.shape[1:]), self._format.none)
+        self._stored = first.new_full((num_images + 1, *first.shape[1:]), self._format.none)
+        self._own = torch.zeros(num_images + 1, dtype=torch.bool, device=first.device)
         for rows, values in self._collected:
-            table[rows] = values
-        table[-1] = self._format.none  # images that are not stored have row -1
-        return table
+            self._stored[rows] = values
+            self._own[rows] = True
+        self._stored[-1] = self._format.none  # images that are not stored have row -1
+        self._collected = []
+
+    def _exchange(self) -> None:
+        """Let each process have what all of them stored since: no two saw the same image."""
+        if self._stored is None or processes.count() == 1:
+            return
+        self._own[-1] = False
+        found = torch.where(self._own.view(-1, *[1] * (self._stored.dim() - 1)), self._stored, 0)
+        someones = self._own.to(torch.uint8)
+        processes.add_up(found)
+        processes.add_up(someones)
+        self._stored = torch.where((someones > 0).view(-1, *[1] * (found.dim() - 1)), found, self._stored)
+        self._own.zero_()
 
     # -- resuming ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Live.state_dict``; it holds everything that is stored."""
+        self._exchange()
         stored = None if self._stored is None else self._stored.clone()
-        return {**super().state_dict(), "epoch": self.epoch, "stored": stored, "collected": list(self._collected)}
+        mine = [(rows.cpu(), values.cpu()) for rows, values in self._collected]
+        collected = [pair for pairs in processes.gathered(mine) for pair in pairs]
+        return {**super().state_dict(), "epoch": self.epoch, "stored": stored, "collected": collected}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Live.load_state_dict``."""
@@ -203,7 +224,9 @@ class LiveCarryOver(LiveWrapper):
         device = next(self.model.parameters()).device
         self.epoch = state["epoch"]
         self._stored = None if state["stored"] is None else state["stored"].clone().to(device)
-        self._collected = [(rows.to(device), values.to(device)) for rows, values in state["collected"]]
+        self._own = torch.zeros(0 if self._stored is None else len(self._stored), dtype=torch.bool, device=device)
+        mine = state["collected"][processes.rank() :: processes.count()]
+        self._collected = [(rows.to(device), values.to(device)) for rows, values in mine]
 
 
 def _perturbed(adv: AdversarialBatch) -> Tensor:

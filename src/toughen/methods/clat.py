@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from toughen import processes
 from toughen.attacks import Attack, FeatureNorm, FeatureShift, fgsm_rs
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS, Fixed, Selection, SelectionRule
@@ -223,7 +224,9 @@ class LiveCLAT(LiveWrapper):
         choice = self._trainable_rows(report)
         names = self.settings.rule()(choice, k, classifier=self.settings.classifier == "include", generator=draw)
         self._train_only(names, optimizer)
-        self._shares_clean = self.settings.clean_forward == "shared" and self._looks_alike_in_attack(images[0])
+        processes.check_agree(names, "which layers are the most critical")
+        shares = self.settings.clean_forward == "shared" and self._looks_alike_in_attack(images[0])
+        self._shares_clean = processes.of_first(shares)
         if self.first_epoch is None:
             self.first_epoch = epoch
             if self.settings.lam == "auto":
@@ -264,7 +267,8 @@ class LiveCLAT(LiveWrapper):
     def _report(self, images: tuple[Tensor, Tensor], epoch: int) -> CriticalityReport:
         seed = stream_seed(self.seed, "selection attack", epoch)
         layers, options = self._map(images[0]), self.settings.criticality
-        return analyze(self.model, [images], attack=self.attack, layers=layers, options=options, seed=seed)
+        mine = (processes.own_rows(images[0]), processes.own_rows(images[1]))
+        return analyze(self.model, [mine], attack=self.attack, layers=layers, options=options, seed=seed)
 
     def _trainable_rows(self, report: CriticalityReport) -> CriticalityReport:
         """The rows of layers with something to train: frozen neither by the user nor, without adapter, by LoRA."""
@@ -311,12 +315,18 @@ class LiveCLAT(LiveWrapper):
 
     def _balanced_lam(self, images: tuple[Tensor, Tensor]) -> float:
         """``rho * CE_0 / L_C0`` on the probe."""
-        x, y = (tensor.to(next(self.model.parameters()).device) for tensor in images)
-        x_adv = self._feature_perturb(Batch(x, y), generator(self.seed, "lam", device=x.device))
-        with torch.no_grad(), mode(self.model, training=False):
-            at_start = cross_entropy(self.view(x), y)
-            distance = feature_loss(self.view, x, x_adv, self._names, norm=self.settings.feature_norm)
-        return self.settings.rho * float(at_start) / max(float(distance), 1e-12)
+        device, part = next(self.model.parameters()).device, processes.share()
+        x, y = (processes.own_rows(tensor).to(device) for tensor in images)
+        at_start = distance = 0.0
+        if len(x):
+            x_adv = self._feature_perturb(Batch(x, y), generator(self.seed, "lam", device=device, share=part))
+            with torch.no_grad(), mode(self.model, training=False):
+                at_start = len(x) * float(cross_entropy(self.view(x), y))
+                distance = len(x) * float(
+                    feature_loss(self.view, x, x_adv, self._names, norm=self.settings.feature_norm)
+                )
+        at_start, distance = processes.mean(at_start), processes.mean(distance)
+        return self.settings.rho * at_start / max(distance, 1e-12)
 
     @property
     def _names(self) -> tuple[str, ...]:

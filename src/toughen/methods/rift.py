@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from toughen import processes
 from toughen.attacks import Attack
 from toughen.criticality.module_robustness import module_robustness
 from toughen.criticality.selection import Selection
@@ -178,6 +179,7 @@ class LiveRiFT(LiveWrapper):
             layers=[layer for layer in layers if self._asked.intersection(layer.parameters)],
             seed=stream_seed(self.seed, "rift"),
         )
+        report = processes.of_first(report)
         self.mrc = {row.name: row.mrc for row in report.rows}
         return layers.by_name(report.chosen.name)
 
@@ -233,7 +235,8 @@ class LiveRiFT(LiveWrapper):
         if self._layer is None:
             super().finish(validation)
             return
-        self.path = measure_path(self._copy(), self._start, validation, self.attack, seed=self.seed)
+        path = measure_path(self._copy(), self._start, validation, self.attack, seed=self.seed)
+        self.path = processes.of_first(path)
         least = self.path[0].robust - self.settings.drop - 1e-9  # of accuracies that differ by rounding alone
         best = max((p for p in self.path if p.robust >= least), key=lambda p: (p.clean, p.robust, -p.alpha))
         self._choose(best.alpha)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
+from toughen import processes
 from toughen.attacks import Attack
 from toughen.attacks.probabilities import kl_divergence, log_probabilities
 from toughen.criticality.selection import Selection
@@ -158,7 +159,8 @@ class LiveAutoLoRa(LiveObjective):
                 "autolora has to measure its clean accuracy but the probe is empty: pass some labelled training images"
                 " as (x, y) pairs"
             )
-        self.l1, self.l2 = 1 - right / count, self.settings.kl_scale * right / count
+        accuracy = processes.mean(right / count)
+        self.l1, self.l2 = 1 - accuracy, self.settings.kl_scale * accuracy
         return None
 
     def _find_classifier(self, example: Tensor) -> None:

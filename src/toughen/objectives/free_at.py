@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from toughen import processes
 from toughen.attacks import Attack
 from toughen.attacks.threat import BALLS
 from toughen.errors import InputError
@@ -41,6 +42,8 @@ class FreeAT(Objective):
     conflicts: ClassVar[Mapping[str, str]] = {
         "carry-over": "its perturbation goes on from batch to batch already; leave carry-over out"
     }
+
+    takes_parts: ClassVar[bool] = False
 
     replays: int = 8
     step: float = 1.0
@@ -95,7 +98,9 @@ class LiveFreeAT(LiveObjective):
         threat, num = self.attack.threat, len(self._x_adv)
         ball = BALLS[threat.norm]
         radius = torch.full_like(self._x_adv[:, :1, :1, :1], threat.eps).detach()
-        moved = self._delta[:num] + self.objective.step * radius * ball.ascend(self._x_adv.grad)
+        moved = self._delta[:num] + self.objective.step * radius * ball.ascend(
+            self._x_adv.grad.nan_to_num(0.0, 0.0, 0.0)
+        )
         self._delta[:num] = ball.project(moved, radius)
         self._x_adv = None
 
@@ -112,11 +117,13 @@ class LiveFreeAT(LiveObjective):
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Live.state_dict``."""
-        return {**super().state_dict(), "delta": None if self._delta is None else self._delta.clone()}
+        delta = None if self._delta is None else processes.all_rows(self._delta).clone()
+        return {**super().state_dict(), "delta": delta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Live.load_state_dict``."""
         super().load_state_dict(state)
         device = next(self.model.parameters()).device
         # a copy, since steps change it in place
-        self._delta = None if state["delta"] is None else state["delta"].to(device, copy=True)
+        delta = state["delta"]
+        self._delta = None if delta is None else processes.own_rows(delta).to(device, copy=True)

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toughen import processes
 from toughen.criticality.selection import Selection
 from toughen.layers import ModelView
-from toughen.rng import generator
+from toughen.rng import Share, generator
 from toughen.types import AdversarialBatch, Batch, Batches, StepOutput
 
 
@@ -35,10 +36,18 @@ class Live(ABC):
         """Perturb a batch and return the loss on it: x [B, C, H, W] in [0, 1], y [B]; ``loss`` is a scalar."""
         return self.on(Batch(x, y, index))
 
-    def on(self, batch: Batch) -> StepOutput:
-        """Perturb a batch and return the loss on it, a scalar."""
-        draw = generator(self.seed, "attack", self.calls, device=batch.x.device)
-        self.calls += 1
+    def on(self, batch: Batch, *, share: Share | None = None) -> StepOutput:
+        """Perturb a batch and return the loss on it, a scalar.
+
+        Args:
+            batch: The images at hand.
+            share: Which rows of the whole batch they are: what is drawn at random for an image is the same whether its
+                batch is in one piece or dealt out, to several processes or to parts that follow one another. None is
+                this process's share, all of it where there is one process.
+        """
+        share = share or processes.share()
+        draw = generator(self.seed, "attack", self.calls, device=batch.x.device, share=share)
+        self.calls += share.index + processes.count() >= share.count  # the last part of a batch ends the call
         return self.loss(self.perturb(batch, generator=draw))
 
     # -- the step ---------------------------------------------------------------------------------
@@ -144,7 +153,10 @@ class Live(ABC):
     # -- resuming ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values from which ``load_state_dict`` continues exactly."""
+        """Return tensors and plain values from which ``load_state_dict`` continues exactly.
+
+        Of several processes all must ask, and all get the same: the state of the whole, whatever each of them holds.
+        """
         return {"calls": self.calls}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

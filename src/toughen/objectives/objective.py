@@ -28,6 +28,7 @@ class Method:
         reads_unlabelled: Whether it learns from images without a label (-1).
         needs_source: Whether batches must tell where augmentation moved each pixel from (``Batch.source``).
         needs_extra: Whether it makes no sense without extra images (``data.extra``).
+        takes_parts: Whether a batch may come in parts whose gradients are added up.
     """
 
     label: ClassVar[str]
@@ -37,6 +38,7 @@ class Method:
     reads_unlabelled: ClassVar[bool] = False
     needs_source: ClassVar[bool] = False
     needs_extra: ClassVar[bool] = False
+    takes_parts: ClassVar[bool] = True
 
     def check_stack(self, methods: Sequence["Method"]) -> None:
         """Refuse settings that contradict those of the other methods in a stack.

@@ -2,7 +2,7 @@ import pytest
 
 from toughen import processes
 from toughen.errors import InputError
-from toughen.evaluation.sharing import shared
+from toughen.processes import shared
 
 
 def mistake() -> int:

@@ -1,0 +1,45 @@
+"""What a process is asked for from outside while it trains: to write a checkpoint, or to stop."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from toughen import processes
+
+_SAVE, _STOP = 1, 2
+# a batch system can announce the end of a job by SIGUSR1, some time before
+_SIGNALS = {signal.SIGINT: _STOP, signal.SIGTERM: _STOP, signal.SIGUSR1: _SAVE}
+
+
+class Wishes:
+    """Ctrl-C, SIGTERM (to stop) and SIGUSR1 (to write a checkpoint), which a loop fulfils after the step under way."""
+
+    def __init__(self) -> None:
+        self._wish = 0
+        self.save = self.stop = False
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Inside, a signal is a wish rather than the end."""
+
+        def ask(number: int, _frame: FrameType | None) -> None:
+            self._wish = max(self._wish, _SIGNALS[signal.Signals(number)])
+
+        try:
+            before = {number: signal.signal(number, ask) for number in _SIGNALS}
+        except ValueError:  # not the main thread: the signals belong to somebody else
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def look(self) -> None:
+        """Let ``save`` and ``stop`` say what was asked for since; of several processes all say what one was asked."""
+        wish = processes.most(self._wish)
+        self.stop = wish == _STOP
+        self.save = wish >= _SAVE
+        if self._wish == _SAVE:
+            self._wish = 0

@@ -1,0 +1,99 @@
+"""Several processes that train together: the same as one, whatever happens to one of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from together import CASES, ended, main
+from torch import Tensor
+
+from small_runs import recipe, train
+from toughen import Trainer
+from toughen.errors import InputError
+from toughen.run_folder import RunFolder
+
+WORKER = Path(__file__).with_name("together.py")
+
+
+def torchrun(*arguments: object, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=500, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name].double() - other[name].double()).abs().max()) for name in one)
+
+
+def told(run: Path) -> list[tuple[Any, ...]]:
+    """What the log of a run says of selection and accuracy."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [(row["epoch"], row["selected"], row.get("validation")) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folders of the runs of one process and of two."""
+    folder = tmp_path_factory.mktemp("together")
+    torchrun(WORKER, folder / "two", *CASES)
+    main(folder / "one", *CASES)
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one_over_four_selections(both: tuple[Path, Path], name: str) -> None:
+    one, two = (folder / name for folder in both)
+    [alone], (first, second) = ended(one).values(), ended(two).values()
+    assert all(torch.equal(first[key], second[key]) for key in first), "the processes drifted apart"  # type: ignore[index]
+    assert largest_difference(alone, first) < 1e-6  # type: ignore[arg-type]
+    assert told(one) == told(two)
+    if "CLAT" in name:
+        assert len({str(selected) for _, selected, _ in told(one)[1:]}) > 1, "nothing was selected anew"
+    assert RunFolder(two).provenance()["processes"] == 2
+    assert RunFolder(two).finished
+
+
+@pytest.mark.parametrize("name", ["PGD-AT + CLAT + AWP"])
+def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(
+    both: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    torchrun(WORKER, "--killed", tmp_path, name, options=("--max-restarts", "1"))
+    first, second = ended(tmp_path / name).values()
+    assert all(torch.equal(first[key], second[key]) for key in first)  # type: ignore[index]
+    undisturbed = ended(both[1] / name)["rank0"]
+    assert largest_difference(undisturbed, first) == 0.0  # type: ignore[arg-type]
+    assert told(tmp_path / name) == told(both[1] / name)
+
+
+def test_the_command_line_trains_in_several_processes_and_speaks_once(tmp_path: Path) -> None:
+    small = ["model.width=2", "data.train_samples=60", "data.validation=20", "data.test_samples=40", "attack.steps=2"]
+    plan = ["train.epochs=2", "train.batch_size=20", "train.device=cpu", "branches=null", "branch_epoch=null"]
+    done = torchrun("-m", "toughen", "train", *small, *plan, "--out", tmp_path / "run")
+    assert done.stdout.count("accuracy on 40 test images") == 1
+    assert done.stderr.count("epoch   2") == 1
+    assert RunFolder(tmp_path / "run").finished
+
+
+def test_a_batch_in_parts_trains_as_one_in_one_piece(tmp_path: Path) -> None:
+    method = [{"name": "trades"}, {"name": "clat", "k": 2, "every": 1}]  # batch norm moves nowhere
+    whole, parts = (train(tmp_path / str(n), method=method, train={"epochs": 3, "accumulate": n}) for n in (1, 4))
+    one, other = (load_file(run.checkpoints / "last" / "weights.safetensors") for run in (whole, parts))
+    assert largest_difference(one, other) < 1e-6
+    assert told(whole.path) == told(parts.path)
+
+
+def test_what_does_not_divide_or_goes_on_from_use_to_use_is_refused() -> None:
+    with pytest.raises(InputError, match=r"batch_size=20 does not divide into 1 processes times train\.accumulate=3"):
+        Trainer(recipe(train={"accumulate": 3}), out="nowhere")
+    with pytest.raises(InputError, match=r"Free-AT does not go with train\.accumulate=2"):
+        recipe(method=[{"name": "free-at"}], train={"accumulate": 2})
