@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from told import told
 
+from toughen.cli.files import check_output
 from toughen.config import resolve
 from toughen.engine import Trainer
 from toughen.engine.flops import flops_per_image
@@ -114,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
+    check_output(str(options.json))
     base = operations(recipe(options.cifar10, 0, ATTACKS["PGD-10, step 2/255"]))
     alone: list[dict[str, Any]] = []
     on_top: list[dict[str, Any]] = []
@@ -131,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(told(main))

@@ -10,9 +10,11 @@ import json
 from pathlib import Path
 
 import torch
+from told import positive, told
 
 from toughen import data
 from toughen.attacks import PGD
+from toughen.cli.files import check_output
 from toughen.config import resolve
 from toughen.engine import checkpoint
 from toughen.engine.build import create_model
@@ -24,10 +26,11 @@ def main() -> None:
     """Attack step by step and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--samples", type=positive, default=500)
+    parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    check_output(None if options.json is None else str(options.json))
     run = RunFolder.open(options.run)
     recipe = resolve(run.config())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(told(main))

@@ -28,14 +28,17 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
+from told import positive, told
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from toughen import models
 from toughen.attacks import PGD
+from toughen.cli.files import check_output, write
 from toughen.engine.flops import OperationCounter, flops_per_image
 from toughen.engine.provenance import provenance
+from toughen.errors import InputError
 from toughen.layers import compile_forward, map_layers
 from toughen.methods import CLAT, CarryOver, stack
 from toughen.objectives import PGDAT, TRADES, Live, Method
@@ -220,8 +223,9 @@ def steps(setup: Setup) -> dict[str, Step]:
     found, absent = peers.installed(eps=THREAT.eps, step_size=STEP_SIZE, steps=setup.steps)
     for peer in found:
         contenders[f"{peer.name} {peer.version}"] = peer_step(setup, peer)
-    for name, reason in absent.items():
-        out.print(f"left out: {name}, {reason}", highlight=False, soft_wrap=True)
+    if not setup.only_counts:  # told once: counting makes the contenders too
+        for name, reason in absent.items():
+            out.print(f"left out: {name}, {reason}", highlight=False, soft_wrap=True)
     return contenders
 
 
@@ -272,10 +276,17 @@ def timed(part: str, setup: Setup, file: Path, *, rounds: int, minutes: float) -
     del facts["only_counts"]
     known = stored.get(part, {"setup": facts, "rounds": []})
     if known["setup"] != facts:
-        raise SystemExit(f"{file} holds {part} of another setup, {known['setup']}; give another --json")
+        raise InputError(f"{file} holds {part} of another setup, {known['setup']}; give another --json")
+    if len(known["rounds"]) >= rounds:
+        return
     ends = time.perf_counter() + 60 * minutes
     operations = counted(part, setup)
     contenders = TIMED[part](setup)
+    if known["rounds"] and set(contenders) != set(known["rounds"][0]) - {"matrix product"}:
+        others = ", ".join(sorted(set(contenders) ^ (set(known["rounds"][0]) - {"matrix product"})))
+        raise InputError(
+            f"{file} holds {part} of other contenders ({others}: there or here alone); give another --json"
+        )
     multiply = product(setup)
     with Progress(console=out) as progress:
         bar = progress.add_task(part, total=(rounds - len(known["rounds"]) + 1) * len(contenders))
@@ -291,7 +302,7 @@ def timed(part: str, setup: Setup, file: Path, *, rounds: int, minutes: float) -
             known["operations"] = operations
             known["provenance"] = facts_of(setup)
             stored[part] = known
-            file.write_text(json.dumps(stored, indent=1) + "\n")
+            write(str(file), json.dumps(stored, indent=1))
 
 
 def counted(part: str, setup: Setup) -> dict[str, float]:
@@ -387,7 +398,12 @@ COUNTED = {
 
 def counts(setup: Setup, file: Path) -> None:
     """Operations and peak bytes of CLAT's step next to PGD-AT's, and of a selection next to ten epochs."""
+    if setup != Setup(width=setup.width, batch_size=setup.batch_size, steps=setup.steps):
+        raise InputError("counts takes --width, --batch-size and --steps; its networks and its precision are its own")
     stored = load(file)
+    known_setup = stored.get("counts", {}).get("setup", vars(setup))
+    if known_setup != vars(setup):
+        raise InputError(f"{file} holds counts of another setup, {known_setup}; give another --json")
     rows: list[dict[str, Any]] = stored.get("counts", {}).get("rows", [])
     known = {(row["model"], tuple(row["layers"])) for row in rows}
     for model, selections in COUNTED.items():
@@ -400,7 +416,7 @@ def counts(setup: Setup, file: Path) -> None:
             rows.append({"model": model, "layers": layers, **compared(of_model, layers, base)})
             out.print(rows[-1])
             stored["counts"] = {"setup": vars(setup), "rows": rows, "provenance": facts_of(setup)}
-            file.write_text(json.dumps(stored, indent=1) + "\n")
+            write(str(file), json.dumps(stored, indent=1))
 
 
 def compared(setup: Setup, layers: tuple[int, ...], base: tuple[float, int]) -> dict[str, float]:
@@ -453,6 +469,8 @@ def selection_share(setup: Setup, layers: tuple[int, ...], step: float, *, image
 def page(file: Path) -> None:
     """Print what the file holds."""
     stored = load(file)
+    if not {*TIMED, "counts"} & set(stored):
+        raise InputError(f"{file} holds no measurement; steps, settings or counts makes one, within enough --minutes")
     for part in TIMED:
         if part in stored:
             print(table(stored[part]))
@@ -493,7 +511,13 @@ def markdown(titles: list[str], rows: list[list[str]]) -> str:
 
 def load(file: Path) -> dict[str, Any]:
     """Read what is there already."""
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        stored = json.loads(file.read_text()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't read {file}: {error}; give another --json") from None
+    if not isinstance(stored, dict):
+        raise InputError(f"{file} is not a file of this benchmark; give another --json")
+    return stored
 
 
 def main() -> None:
@@ -501,13 +525,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*TIMED, "counts", "page"])
     parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--minutes", type=float, default=7.5)
-    parser.add_argument("--threads", type=int, help="of the CPU (default: torch's)")
+    parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's)")
     parser.add_argument("--model", choices=list(PAPER), default="resnet18")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--width", type=positive, default=64)
+    parser.add_argument("--batch-size", type=positive, default=64)
+    parser.add_argument("--steps", type=positive, default=10)
     parser.add_argument("--precision", choices=["32-true", "bf16-mixed"], default="32-true")
     parser.add_argument("--compile", action="store_true", help="our networks")
     parser.add_argument("--cuda-graph", action="store_true", help="our attacks, on a GPU")
@@ -516,9 +540,13 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     given = {name: value for name, value in vars(options).items() if name in Setup.__dataclass_fields__}
     setup = Setup(**given)
+    if setup.cuda_graph and setup.device.type != "cuda":
+        raise InputError("--cuda-graph needs a GPU, and torch sees none here; leave it out")
     if options.part == "page":
         page(options.json)
-    elif options.part == "counts":
+        return
+    check_output(str(options.json))
+    if options.part == "counts":
         counts(setup, options.json)
     else:
         timed(options.part, setup, options.json, rounds=options.rounds, minutes=options.minutes)
@@ -526,4 +554,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(told(main))

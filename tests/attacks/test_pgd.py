@@ -286,8 +286,10 @@ def test_the_attack_does_not_write_into_the_images():
     [
         ({"step_size": -0.1}, r"step_size is -0\.1; it must be a finite number >= 0"),
         ({"step_size": float("nan")}, r"step_size is nan; it must be a finite number >= 0"),
-        ({"steps": 0}, r"attack steps is 0; it must be at least 1"),
-        ({"restarts": 0}, r"attack restarts is 0; it must be at least 1"),
+        ({"steps": 0}, r"attack steps is 0; it must be a whole number, at least 1"),
+        ({"steps": 2.5}, r"attack steps is 2\.5; it must be a whole number, at least 1"),
+        ({"step_size": "2/255"}, r"step_size is '2/255'; it must be a finite number"),
+        ({"restarts": 0}, r"attack restarts is 0; it must be a whole number, at least 1"),
         ({"keep": "best"}, r"attack keep is 'best'; allowed: last, worst"),
         ({"model_mode": "train"}, r"attack model_mode is 'train'; allowed: eval, unchanged"),
         ({"restarts": 2, "random_start": False}, r"2 restarts without random_start would all be the same"),

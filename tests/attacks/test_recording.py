@@ -68,6 +68,14 @@ def test_it_reads_weights_that_were_changed_in_place_and_is_made_anew_for_exchan
     assert len(made) == 2
 
 
+def test_it_is_made_anew_when_a_module_without_weights_was_exchanged():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 4))
+    attacked(model, cuda_graph=True)
+    model[1] = nn.Tanh()
+    attacked(model, cuda_graph=True)
+    assert len(made) == 2
+
+
 def test_another_goal_batch_size_or_setting_has_a_recording_of_its_own_and_the_latest_two_are_kept():
     model = build("normed")
     attacked(model, cuda_graph=True)
@@ -141,3 +149,11 @@ def test_on_a_gpu_a_replay_finds_what_the_search_finds(goal, monkeypatch):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.01)
+
+
+def test_a_goal_that_can_not_be_recognised_is_refused():
+    class Changing(CrossEntropy):
+        __hash__ = None
+
+    with pytest.raises(InputError, match="recognises a goal by its value, and Changing has none that stays"):
+        attacked(build("normed"), goal=Changing(), cuda_graph=True)

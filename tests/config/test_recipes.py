@@ -124,7 +124,7 @@ def test_an_override_makes_a_section_that_is_not_there():
         ("threat.eps=-0.1", r"eps is -0\.1; it must be a finite number >= 0"),
         ("threat.eps=.nan", r"eps is nan"),
         ("threat.norm=l1", r"norm.*'l1'.*linf"),
-        ("attack.steps=0", r"attack steps is 0; it must be at least 1"),
+        ("attack.steps=0", r"attack steps is 0; it must be a whole number, at least 1"),
         ("branches.clat.method.1.k=0", r"clat k is 0"),
         ("branch_epoch=60", r"branch_epoch is 60; with train\.epochs=60 it must be 1 to 59"),
         ("branch_epoch=half", r"branch_epoch is 'half'; it must be a whole number"),

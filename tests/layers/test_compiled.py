@@ -5,6 +5,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from toughen.attacks import PGD, FeatureShift
 from toughen.layers import ModelView, compile_forward, map_layers
@@ -54,6 +56,45 @@ def test_a_model_that_is_not_compiled_and_a_copy_of_one_have_no_compiled_forward
     assert compiled_features(model, ["head.fc"]) is None
     compile_forward(model)
     assert compiled_features(deepcopy(model), ["head.fc"]) is None
+
+
+class Scaled(nn.Module):
+    """A weight of its own beside a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.dropout(x * self.scale, training=self.training))
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "0", nn.Conv2d(3, 3, 1)),
+        lambda model: setattr(model[1], "scale", nn.Parameter(torch.tensor(2.0))),
+        lambda model: model[1].train(),
+        lambda model: model.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+        lambda model: model[1].register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+    ],
+    ids=["module", "weight", "mode", "hook", "hook of a part"],
+)
+def test_what_was_exchanged_since_the_forward_was_compiled_is_seen(change):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Scaled(), nn.Flatten(), nn.Linear(108, 4)).eval()
+    compile_forward(model)
+
+    def features(*, stop_early: bool) -> Tensor:
+        torch.manual_seed(0)
+        return ModelView(model).features(X, ["1.conv"], stop_early=stop_early).values["1.conv"]
+
+    before = features(stop_early=True)
+    change(model)
+    after = features(stop_early=True)
+    assert torch.equal(after, features(stop_early=False))
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")

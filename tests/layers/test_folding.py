@@ -1,5 +1,7 @@
 """Folded batch norm: the same function up to rounding, only where it is safe, and nothing is left behind."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -95,6 +97,8 @@ class Chain(nn.Module):
         self.kind = kind
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
         self.other = nn.Conv2d(3, 3, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.dropout = nn.Dropout(0.5) if kind == "dropout" else nn.Identity()
         self.bn = Rectified(3) if kind == "subclass" else nn.BatchNorm2d(3, track_running_stats=kind != "untracked")
         if kind == "shared":
             self.other.weight = self.conv.weight
@@ -103,9 +107,17 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv(x)
-        normed = self.bn(out)
+        if self.kind == "rectified in place":
+            out = self.relu(out)
+        normed = self.bn(self.dropout(out))
         if self.kind == "skip":
             normed = normed + out
+        if self.kind == "detached skip":
+            normed = normed + out.detach()
+        if self.kind == "gate":
+            normed = normed * (out > 0)
+        if self.kind == "weight elsewhere":
+            normed = nn.functional.conv2d(normed, self.conv.weight)
         if self.kind == "twice":
             normed = self.bn(self.conv(normed))
         if self.kind == "between":
@@ -121,19 +133,94 @@ class Rectified(nn.BatchNorm2d):
 
 
 @pytest.mark.parametrize(
-    "kind", ["skip", "twice", "between", "shared", "subclass", "untracked", "normalised", "hooked", "train"]
+    "kind",
+    [
+        *("skip", "detached skip", "gate", "weight elsewhere", "twice", "between", "rectified in place", "shared"),
+        *("subclass", "untracked", "normalised", "hooked", "hooked between", "train"),
+    ],
 )
 def test_where_folding_would_change_the_function_nothing_is_folded(kind):
     model = lived_in(Chain(kind))
     seen: list[Tensor] = []
-    if kind == "hooked":
-        model.conv.register_forward_hook(lambda _m, _x, out: seen.append(out))
+    if kind.startswith("hooked"):
+        hooked = model.conv if kind == "hooked" else model.dropout
+        hooked.register_forward_hook(lambda _m, _x, out: seen.append(out))
     model.train(kind == "train")
     plain = model(X)
     with norms_folded(model, X):
         assert torch.equal(model(X), plain)
     assert norm_calls(model, lambda: outcome(model, folded=True)) >= 1
     assert all(torch.equal(out, seen[0]) for out in seen if len(out) == len(X))
+
+
+def test_dropout_between_them_is_in_the_way_only_where_it_drops():
+    model = lived_in(Chain("dropout"))
+    with norms_folded(model, X):
+        assert norm_calls(model, lambda: model(X)) == 0
+    model.dropout.train()
+    torch.manual_seed(0)
+    plain = model(X)
+    with norms_folded(model, X):
+        torch.manual_seed(0)
+        assert torch.equal(model(X), plain)
+
+
+@pytest.mark.parametrize("channels", [3, 5])
+def test_batch_norm_over_the_positions_of_a_sequence_is_not_folded(channels):
+    model = nn.Sequential(nn.Flatten(2), nn.Linear(64, channels), nn.BatchNorm1d(3), nn.Flatten())
+    plain = lived_in(model)(X)
+    with norms_folded(model, X):
+        assert torch.equal(model(X), plain)
+
+
+def test_an_output_that_is_returned_although_a_norm_takes_it_stays():
+    class Returns(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.conv(x)
+            self.bn(out)
+            return out.flatten(1)
+
+    model = lived_in(Returns("plain"))
+    plain = model(X)
+    with norms_folded(model, X):
+        assert torch.equal(model(X), plain)
+
+
+def test_statistics_that_were_taken_away_later_are_not_folded():
+    model = lived_in(Chain("plain"))
+    with norms_folded(model, X):
+        model(X)
+    model.bn.running_mean = model.bn.running_var = None
+    plain = model(X)
+    with norms_folded(model, X):
+        assert torch.equal(model(X), plain)
+
+
+def test_a_forward_of_the_users_own_stays_where_it_is():
+    model = lived_in(Chain("plain"))
+    model.bn.forward = torch.neg
+    plain = model(X)
+    with norms_folded(model, X):
+        assert torch.equal(model(X), plain)
+    assert model.bn.forward is torch.neg
+
+
+def test_weights_of_half_precision_stay_so_when_the_norm_has_more():
+    model = lived_in(nn.Sequential(nn.Conv2d(3, 3, 3).bfloat16(), nn.BatchNorm2d(3), nn.Flatten()))
+    plain = model(X.bfloat16())
+    with norms_folded(model, X.bfloat16()):
+        assert model[0].weight.dtype == torch.bfloat16
+        torch.testing.assert_close(model(X.bfloat16()), plain, rtol=0.05, atol=0.05)
+
+
+def test_a_model_is_let_go_when_nobody_else_has_it():
+    model = lived_in(Chain("plain"))
+    with norms_folded(model, X):
+        model(X)
+    left = weakref.ref(model)
+    del model
+    gc.collect()
+    assert left() is None
 
 
 def test_a_chain_without_any_of_these_is_folded():
@@ -183,6 +270,16 @@ def test_a_layer_that_is_kept_shows_its_own_output():
     with norms_folded(model, X, keep=["layer2.0.conv1"]):
         found = ModelView(model).features(X, ["layer2.0.conv1"]).values["layer2.0.conv1"]
     torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_that_passes_on_the_output_of_its_layer_is_kept_or_known_as_folded_with_it():
+    model = lived_in(nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3)), nn.BatchNorm2d(3), nn.Flatten()))
+    plain = ModelView(model).features(X, ["0"]).values["0"]
+    with norms_folded(model, X, keep=["0"]):
+        assert torch.equal(ModelView(model).features(X, ["0"]).values["0"], plain)
+    with norms_folded(model, X), pytest.raises(InputError, match="layer '0' is folded"):
+        ModelView(model).features(X, ["0"])
+    assert torch.equal(ModelView(model).features(X, ["0"]).values["0"], plain)
 
 
 def test_a_goal_that_looks_at_a_folded_layer_without_naming_it_is_told():

@@ -331,9 +331,42 @@ def test_attack_and_loss_share_one_clean_forward_where_it_is_the_same_in_both(ba
         torch.testing.assert_close(live.loss(adv).loss, live.loss(adv.elsewhere()).loss)
 
 
-def test_moving_statistics_leave_each_its_own_clean_forward():
-    live = bound(build("normed"), ("conv2",), lam=0.7, norm_stats="update")
+@pytest.mark.parametrize("layer", ["conv1", "conv2"])  # before any batch norm, and behind one
+@pytest.mark.parametrize("norm_stats", ["follow", "update"])
+def test_moving_statistics_leave_each_its_own_clean_forward(norm_stats, layer):
+    live = bound(build("normed"), (layer,), lam=0.7, norm_stats=norm_stats)
     assert live.perturb(Batch(X, Y), generator=generator(0, "attack", 0)).clean is None
+
+
+def test_images_perturbed_without_gradients_give_the_same_loss_and_gradients():
+    found = []
+    for without in (True, False):
+        model = build("normed")
+        live = bound(model, ("conv2",), lam=0.7)
+        with torch.set_grad_enabled(not without):
+            adv = live.perturb(Batch(X, Y), generator=generator(0, "attack", 0))
+        live.loss(adv).loss.backward()
+        found.append(gradients(model))
+    assert all(same(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_images_perturbed_in_eval_mode_leave_the_loss_its_own_clean_forward():
+    model = build("dropouts")
+    live = bound(model, ("conv",), lam=0.7)
+    model.train()
+    assert live.perturb(Batch(X, Y), generator=generator(0, "attack", 0)).clean is not None
+    model.eval()
+    assert live.perturb(Batch(X, Y), generator=generator(0, "attack", 0)).clean is None
+
+
+@pytest.mark.parametrize(("clean_forward", "shared"), [("shared", True), ("repeated", False)])
+def test_whether_the_clean_forward_is_shared_survives_resuming_and_follows_the_settings(clean_forward, shared):
+    state = bound(build("normed"), ("conv2",), lam=0.7).state_dict()
+    settings = CLAT(select="fixed", layers=("conv2",), lam=0.7, clean_forward=clean_forward)
+    resumed = settings.bind(build("normed"), attack=PGD2)
+    resumed.load_state_dict(state)
+    adv = resumed.perturb(Batch(X, Y), generator=generator(0, "attack", 0))
+    assert (adv.clean is not None) == shared
 
 
 def test_repeating_the_clean_forward_changes_nothing_but_the_work():

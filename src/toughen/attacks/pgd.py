@@ -1,7 +1,7 @@
 """Projected gradient ascent (Madry et al. 2018) on any goal: the inner maximisation of adversarial training."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -83,11 +83,11 @@ class PGD:
     cuda_graph: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.step_size) and self.step_size >= 0):
+        if not (isinstance(self.step_size, float | int) and math.isfinite(self.step_size) and self.step_size >= 0):
             raise InputError(f"step_size is {self.step_size!r}; it must be a finite number >= 0, in pixel units")
         for name, value in (("steps", self.steps), ("restarts", self.restarts)):
-            if value < 1:
-                raise InputError(f"attack {name} is {value}; it must be at least 1")
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"attack {name} is {value!r}; it must be a whole number, at least 1")
         if not (math.isfinite(self.momentum) and self.momentum >= 0):
             raise InputError(f"attack momentum is {self.momentum!r}; it must be a finite number >= 0")
         if self.keep not in ("last", "worst"):
@@ -156,6 +156,7 @@ class PGD:
         self, model: nn.Module, x: Tensor, y: Tensor, goal: Goal, radius: Tensor, step_size: Tensor
     ) -> Search:
         """``_search`` from a recording, for which the features that a goal was given are an input like the images."""
+        _check_recognisable(goal)
         given = goal.clean or {} if isinstance(goal, FeatureShift) else {}
 
         def search(begin: Tensor, x: Tensor, y: Tensor, radius: Tensor, step_size: Tensor, *features: Tensor) -> Found:
@@ -225,3 +226,11 @@ def _worse(a: Tensor, value_a: Tensor, b: Tensor, value_b: Tensor) -> Found:
     better = value_b > value_a
     mask = better.view(-1, *[1] * (a.dim() - 1))
     return torch.where(mask, b, a), torch.where(better, value_b, value_a)
+
+
+def _check_recognisable(goal: Goal) -> None:
+    if not isinstance(goal, Hashable):
+        raise InputError(
+            f"attack cuda_graph recognises a goal by its value, and {type(goal).__name__} has none that stays;"
+            " make it a frozen dataclass, or set cuda_graph=False"
+        )

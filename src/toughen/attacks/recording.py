@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def recorded(model: nn.Module, key: Hashable, search: Search, tensors: Sequence[
     """Return ``search(*tensors)``, from a recording where there is one for this model, key and kind of tensors.
 
     A recording reads weights and buffers where they lie, so it goes on being right when they are changed in place, and
-    is made anew when they were exchanged.
+    is made anew when they, or modules, were exchanged.
 
     Args:
         model: What the search looks at, on a CUDA device; the latest ``KEPT`` recordings of it are kept.
@@ -33,16 +33,22 @@ def recorded(model: nn.Module, key: Hashable, search: Search, tensors: Sequence[
         tensors: Its inputs, on that device.
     """
     kept = _recordings.setdefault(model, OrderedDict())
-    places = tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()))
-    kinds = tuple((tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors)
+    modules = tuple(ref(module) for module in model.modules())  # some have no weights
+    held = (*model.parameters(), *model.buffers())
+    places = tuple((tensor.data_ptr(), _kind(tensor)) for tensor in held)
+    kinds = tuple(_kind(tensor) for tensor in tensors)
     casts = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    whole = (key, places, kinds, casts)
+    whole = (key, modules, places, kinds, casts)
     if whole not in kept:
         kept[whole] = _Recording(search, tensors)
         while len(kept) > KEPT:
             kept.popitem(last=False)
     kept.move_to_end(whole)
     return kept[whole].replay(tensors)
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.dtype, tensor.stride()
 
 
 class _Recording:

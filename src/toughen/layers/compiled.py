@@ -1,14 +1,17 @@
 """Compiled forwards: the whole network in place, and the part of it that ends at the layers that an attack looks at."""
 
+import weakref
 from collections.abc import Callable, Collection
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
-Forward = Callable[[Tensor], dict[str, Tensor]]
+from toughen.layers.taps import has_hooks
 
-_truncated: WeakKeyDictionary[nn.Module, dict[frozenset[str], Forward | None]] = WeakKeyDictionary()
+Forward = Callable[[Tensor], dict[str, Tensor]]
+_Shortened = tuple[object, Forward | None]  # the state of the model that it was made for, and None if there is none
+
+_truncated: weakref.WeakKeyDictionary[nn.Module, dict[frozenset[str], _Shortened]] = weakref.WeakKeyDictionary()
 
 
 def compile_forward(model: nn.Module) -> None:
@@ -24,17 +27,29 @@ def compile_forward(model: nn.Module) -> None:
 def compiled_features(model: nn.Module, names: Collection[str]) -> Forward | None:
     """Return a compiled forward in eval mode to the outputs of the named layers, which leaves out what follows them.
 
+    It is made anew when modules, their modes, or the weights of modules with parts were exchanged. Plain numbers that
+    such modules keep are taken as they were when it was made.
+
     Returns:
-        None where ``model`` is not compiled, or its forward can't be traced to these layers: it chooses its way by what
-        it sees, or the layers are larger parts of it.
+        None where ``model`` is not compiled or carries hooks, or its forward can't be traced to these layers: it
+        chooses its way by what it sees, or the layers are larger parts of it.
     """
-    if model not in _truncated:
+    if model not in _truncated or any(map(has_hooks, model.modules())):
         return None
-    known, wanted = _truncated[model], frozenset(names)
-    if wanted not in known:
+    known, wanted, state = _truncated[model], frozenset(names), _traced_state(model)
+    if wanted not in known or known[wanted][0] != state:
         graph = _graph_to(model, wanted)
-        known[wanted] = None if graph is None else torch.compile(graph)
-    return known[wanted]
+        known[wanted] = (state, None if graph is None else torch.compile(graph))
+    return known[wanted][1]
+
+
+def _traced_state(model: nn.Module) -> object:
+    """What a trace takes over from the model. Modules without parts are called as they are at the time."""
+    modules = [(weakref.ref(module), module.training) for module in model.modules()]
+    parents = [module for module in model.modules() if next(module.children(), None) is not None]
+    # the trace holds the tensors that it reads, so their ids are not given to others
+    tensors = [id(t) for module in parents for t in (*module._parameters.values(), *module._buffers.values())]
+    return modules, tensors
 
 
 class _Tracer(fx.Tracer):

@@ -61,6 +61,12 @@ def tap(
         yield
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether somebody looks at what goes through this module."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Put every submodule into train or eval mode inside the ``with``; give each its own flag back after."""

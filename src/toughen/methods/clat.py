@@ -59,7 +59,8 @@ class CLAT(Wrapper):
         forward: ``"truncated"`` stops attacks, and with frozen statistics L_C too, at the deepest selected layer;
             ``"full"`` runs all: same result [30].
         clean_forward: ``"shared"`` lets attack and loss have one forward of the clean images, wherever it is the same
-            in both; its activations are held during the attack. ``"repeated"`` holds less, for more work: same result.
+            in both and moves no statistics; its activations are held during the attack. ``"repeated"`` holds less, for
+            more work: same result up to rounding.
         probe_size: Training images per selection, 10 to 100 in the paper (Table 10) [21].
         classifier: Whether the classifier may be selected (``"include"``) [5].
         criticality: How the index is measured [3, 4, 6-10].
@@ -69,6 +70,7 @@ class CLAT(Wrapper):
     """
 
     reads_unlabelled: ClassVar[bool] = True  # L_C asks for no label
+    shards: ClassVar[bool] = True
 
     k: int | None = None
     lam: float | Literal["auto"] = "auto"
@@ -225,7 +227,7 @@ class LiveCLAT(LiveWrapper):
         names = self.settings.rule()(choice, k, classifier=self.settings.classifier == "include", generator=draw)
         self._train_only(names, optimizer)
         processes.check_agree(names, "which layers are the most critical")
-        shares = self.settings.clean_forward == "shared" and self._looks_alike_in_attack(images[0])
+        shares = self._may_share_clean and self._looks_alike_in_attack(images[0])
         self._shares_clean = processes.of_first(shares)
         if self.first_epoch is None:
             self.first_epoch = epoch
@@ -382,7 +384,9 @@ class LiveCLAT(LiveWrapper):
         inner = self.inner.perturb(batch, generator=generator) if self._keeps_inner else None
         if self.lam == 0 and self.settings.base != "adv_ce":
             return AdversarialBatch(batch, batch.x, inner)
-        clean = self._clean_pass(batch.x) if self._shares_clean and self.lam else None
+        # a pass in another mode, or without its gradient, would be none for the loss
+        shares = self._shares_clean and self.lam and self.model.training and torch.is_grad_enabled()
+        clean = self._clean_pass(batch.x) if shares else None
         return AdversarialBatch(batch, self._feature_perturb(batch, generator, clean), inner, clean=clean)
 
     def loss(self, adv: AdversarialBatch) -> StepOutput:
@@ -425,6 +429,13 @@ class LiveCLAT(LiveWrapper):
         keep = self.settings.clean_grad == "keep" and self.settings.layer_grad == "flow"
         with torch.set_grad_enabled(torch.is_grad_enabled() and keep):
             return self.view.features(x, names, stop_early=self._stops_early)
+
+    @property
+    def _may_share_clean(self) -> bool:
+        settings = self.settings
+        # statistics that move, and dropout, would meet the batches in another order
+        alike = settings.norm_stats == "frozen" and (settings.base == "clean_ce" or settings.forward == "truncated")
+        return settings.clean_forward == "shared" and alike
 
     @property
     def _stops_early(self) -> bool:
@@ -480,7 +491,7 @@ class LiveCLAT(LiveWrapper):
             parameter.requires_grad_(True)
         super().load_state_dict(state)
         self.first_epoch, self.lam = state["first_epoch"], state["lam"]
-        self._shares_clean = state["shares_clean"]
+        self._shares_clean = state["shares_clean"] and self._may_share_clean  # a branch may have other settings
         layers = tuple(Layer(**{**layer, "parameters": tuple(layer["parameters"])}) for layer in state["selected"])
         if layers:
             self._select(layers)
