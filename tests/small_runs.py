@@ -65,8 +65,8 @@ def resume(folder: Path) -> RunFolder:
 
 
 def fingerprints(run: RunFolder) -> dict[str, str]:
-    """The hash of every file of weights of a run and of its branches."""
-    files = sorted(run.path.rglob("*.safetensors"))
+    """The hash of every file of weights of a run and of its branches; what was kept of before depends on stops."""
+    files = sorted(file for file in run.path.rglob("*.safetensors") if not file.parent.name.endswith(".old"))
     return {str(file.relative_to(run.path)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 

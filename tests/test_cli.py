@@ -24,7 +24,7 @@ from toughen.errors import InputError
 from toughen.evaluation import parse_attack
 from toughen.run_folder import RunFolder
 
-VERBS = ("train", "analyze", "evaluate", "transfer", "compare", "list")
+VERBS = ("train", "analyze", "evaluate", "transfer", "compare", "sweep", "list")
 DIGITS = [*SHRINK, "train.epochs=2", "branch_epoch=1"]
 
 
@@ -55,8 +55,9 @@ def refused(toughen):
     def check(words: list[object], *expected: object) -> str:
         said = toughen(*words)
         assert said.status == 2, said
-        assert said.err.count("\n") == 1, said.err
-        assert said.err.startswith("toughen: ")
+        last = [line for line in said.err.splitlines() if not line.startswith("note: ")]
+        assert len(last) == 1, said.err
+        assert last[0].startswith("toughen: ")
         assert said.out == ""
         for part in expected:
             assert str(part) in said.err, said.err

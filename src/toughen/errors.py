@@ -5,6 +5,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+_LONGEST = 2000  # letters of a message: what was given may be a whole file
+
 
 class InputError(ValueError):
     """A mistake in what the user gave: a setting, a file, a name.
@@ -13,9 +15,24 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 class Notice(UserWarning):
     """What a user should know although nothing is wrong; the command line prints it in one line."""
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line of bounded length that a terminal shows as it is.
+
+    Names in it may come from files of anybody's: line ends become spaces, and what a terminal would take for a command
+    (escape sequences) is written out.
+    """
+    line = " ".join(text.splitlines())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def unknown(what: str, given: str, allowed: Iterable[str], *, hint: str = "") -> InputError:

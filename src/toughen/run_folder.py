@@ -1,17 +1,24 @@
 """Where a run keeps what: the one place that knows the names of its files. Reads and writes text, knows no torch."""
 
+import hashlib
 import itertools
 import json
-import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from toughen.errors import InputError
+from toughen.documents import parse_yaml
+from toughen.durable import read_text, sealed, unsealed, write_text
+from toughen.errors import InputError, Notice
+from toughen.lock import locked
+
+__all__ = ["RunFolder", "file_name", "write_text"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +27,12 @@ class RunFolder:
 
     ``config.yaml`` the resolved recipe; ``provenance.json`` commit, versions, hardware, command; ``log.jsonl`` one
     object per epoch; ``criticality/epoch_NNNN.json`` a report per selection, named by the epochs done before it;
-    ``checkpoints/last`` and ``checkpoints/best``, and ``checkpoints/validated`` where a collapse would go back to it;
+    ``checkpoints/last`` and ``checkpoints/best``, and ``checkpoints/validated`` where a collapse would go back to it,
+    each with the one before it (``last.old``);
     ``evals/CHECKPOINT/ATTACK.json``; ``branches/NAME`` runs that
-    continue this one; ``finished.json`` once it is complete.
+    continue this one; ``finished.json`` once it is complete; ``.lock`` while somebody writes.
+
+    Every JSON object ends with a checksum of itself; that of ``config.yaml`` is in ``provenance.json``.
     """
 
     path: Path
@@ -35,26 +45,33 @@ class RunFolder:
             InputError: The folder can't be written to, or holds a run already.
         """
         folder = cls(Path(path))
-        if folder.config_file.exists() and not (folder.path / "provenance.json").exists():
-            raise InputError(f"output folder {path} holds a config.yaml that is no run's; choose another --out")
-        if folder.config_file.exists():
-            state = "a finished run" if folder.finished else "an unfinished run"
-            fix = (
-                "choose another --out"
-                if folder.finished
-                else f"continue it with --resume {path}, or choose another --out"
-            )
-            raise InputError(f"output folder {path} already holds {state}; {fix}")
         try:
             for part in ("criticality", "checkpoints", "evals"):
                 (folder.path / part).mkdir(parents=True, exist_ok=True)
-            write_text(folder.path / "provenance.json", json.dumps(provenance, indent=1) + "\n")
-            write_text(folder.config_file, yaml.safe_dump(dict(config), sort_keys=False))
         except OSError as error:
             raise InputError(
                 f"output folder {path} can't be written to: {error.strerror}; choose another --out"
             ) from None
+        with folder.locked():  # two that begin in one folder at once must not both find it free
+            folder._check_free()
+            text = yaml.safe_dump(dict(config), sort_keys=False)
+            facts = {**provenance, "config_sha256": _digest(text)}
+            write_text(folder.path / "provenance.json", sealed(facts, indent=1) + "\n")
+            write_text(folder.config_file, text)
         return folder
+
+    def _check_free(self) -> None:
+        path = self.path
+        if self.config_file.exists() and not (path / "provenance.json").exists():
+            raise InputError(f"output folder {path} holds a config.yaml that is no run's; choose another --out")
+        if self.config_file.exists():
+            state = "a finished run" if self.finished else "an unfinished run"
+            fix = (
+                "choose another --out"
+                if self.finished
+                else f"continue it with --resume {path}, or choose another --out"
+            )
+            raise InputError(f"output folder {path} already holds {state}; {fix}")
 
     @staticmethod
     def free(stem: str) -> Path:
@@ -66,6 +83,8 @@ class RunFolder:
     def open(cls, path: Path) -> "RunFolder":
         """Open an existing run folder.
 
+        A recipe that is not as it was written is told: a bit may have flipped, or somebody may have wanted it so.
+
         Raises:
             InputError: It is none.
         """
@@ -74,7 +93,16 @@ class RunFolder:
             raise InputError(
                 f"{path} is not a run folder: it has no config.yaml; give the folder that `toughen train` wrote"
             )
+        folder._tell_changed_config()
         return folder
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Inside, no other process writes this run; what a killed process left behind does not count.
+
+        Raises:
+            InputError: Another one writes it now.
+        """
+        return locked(self.path / ".lock", what=f"run {self.path}")
 
     @property
     def config_file(self) -> Path:
@@ -97,57 +125,98 @@ class RunFolder:
         Raises:
             InputError: The file is damaged.
         """
+        text = read_text(self.config_file)
         try:
-            content = yaml.safe_load(self.config_file.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.config_file} is damaged: {str(error).splitlines()[0]}") from None
+            content = parse_yaml(text, what="its text")
+        except InputError as error:
+            raise InputError(f"{self.config_file} is damaged: {error}") from None
         if not isinstance(content, dict):
             raise InputError(f"{self.config_file} is damaged: it holds no recipe")
         return content
 
     def provenance(self) -> dict[str, Any]:
-        """Read what is known of the machine, the versions and the images of the run."""
+        """Read what is known of the machine, the versions and the images of the run.
+
+        Raises:
+            InputError: The file is damaged.
+        """
         file = self.path / "provenance.json"
-        return _parsed(file.read_text(), file)
+        return unsealed(read_text(file), file)
+
+    def _tell_changed_config(self) -> None:
+        if not (self.path / "provenance.json").is_file():
+            return
+        written = self.provenance().get("config_sha256")
+        if written is not None and written != _digest(read_text(self.config_file)):
+            if not _readable(self.config()):
+                raise InputError(f"{self.config_file} is damaged: it is not as this run wrote it, and lacks entries")
+            message = f"{self.config_file} is not as this run wrote it: it was changed by hand, or is damaged"
+            warnings.warn(message, Notice, stacklevel=3)
 
     def log(self) -> list[dict[str, Any]]:
-        """Read the log, one object per finished epoch."""
+        """Read the log, one object per finished epoch.
+
+        Raises:
+            InputError: The file is damaged.
+        """
         file = self.path / "log.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [_parsed(line, file) for line in lines if line.endswith("}")]
+        lines = read_text(file).splitlines() if file.exists() else []
+        return [unsealed(line, file) for line in lines]
 
     def write_log(self, rows: list[dict[str, Any]]) -> None:
-        """Replace the log, which a resumed run may have to shorten."""
-        write_text(self.path / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        """Replace the log, which a resumed run may have to shorten.
+
+        Raises:
+            InputError: It can't be written.
+        """
+        write_text(self.path / "log.jsonl", "".join(sealed(row) + "\n" for row in rows))
 
     def reports(self) -> dict[int, dict[str, Any]]:
-        """Read the criticality reports, by the number of epochs done before each; as plain JSON objects."""
+        """Read the criticality reports, by the number of epochs done before each; as plain JSON objects.
+
+        Raises:
+            InputError: One of them is damaged.
+        """
         files = sorted((self.path / "criticality").glob("epoch_*.json"))
-        return {int(file.stem.removeprefix("epoch_")): _parsed(file.read_text(), file) for file in files}
+        return {int(file.stem.removeprefix("epoch_")): unsealed(read_text(file), file) for file in files}
 
     def write_report(self, epoch: int, report: Mapping[str, Any]) -> None:
-        """Store the criticality report of a selection that was made after ``epoch`` epochs."""
-        write_text(self.path / "criticality" / f"epoch_{epoch:04d}.json", json.dumps(report, indent=1) + "\n")
+        """Store the criticality report of a selection that was made after ``epoch`` epochs.
+
+        Raises:
+            InputError: It can't be written.
+        """
+        write_text(self.path / "criticality" / f"epoch_{epoch:04d}.json", sealed(report, indent=1) + "\n")
 
     def evals(self, checkpoint: str) -> Path:
         """The folder of the evaluations of a checkpoint."""
         return self.path / "evals" / checkpoint
 
     def evaluations(self, checkpoint: str) -> dict[str, dict[str, Any]]:
-        """Read the complete evaluations of a checkpoint, by attack."""
+        """Read the complete evaluations of a checkpoint, by attack.
+
+        Raises:
+            InputError: One of them is damaged.
+        """
         files = sorted(self.evals(checkpoint).glob("*.json"))
-        results = {file: _parsed(file.read_text(), file) for file in files}
+        results = {file: unsealed(read_text(file), file) for file in files}
         return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
 
     def write_finished(self, summary: Mapping[str, Any]) -> None:
-        """Mark the run as complete."""
-        write_text(self.path / "finished.json", json.dumps(summary, indent=1) + "\n")
+        """Mark the run as complete.
+
+        Raises:
+            InputError: It can't be written.
+        """
+        write_text(self.path / "finished.json", sealed(summary, indent=1) + "\n")
 
     def branches(self) -> Iterator["RunFolder"]:
         """Iterate over the runs that continue this one, in the order of the recipe."""
         names = self.config().get("branches") or {}
         for name in names:
-            branch = self.branch(name)
+            if not re.fullmatch(r"[\w-]+", str(name)):
+                raise InputError(f"{self.config_file} is damaged: the branch name {name!r} leads out of the folder")
+            branch = self.branch(str(name))
             if branch.config_file.is_file():
                 yield branch
 
@@ -163,26 +232,27 @@ class RunFolder:
         return RunFolder(self.path / "branches" / name)
 
 
-def _parsed(text: str, file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{file} is damaged: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged: it holds no JSON object")
-    return content
-
-
 def file_name(text: str) -> str:
     """Return a name for a file that says what ``text`` says, on every file system."""
     return re.sub(r"[^\w.=+-]+", "_", text)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file so that at every moment either the old or the new content is there, whole."""
-    draft = file.with_name(file.name + ".tmp")
-    with draft.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(file)
+def _readable(config: Mapping[str, Any]) -> bool:
+    """Whether a recipe has what is read of it without resolving it: to compare runs, and to find branches."""
+    try:
+        json.dumps(config, sort_keys=True)
+        names = (config["data"]["name"], config["threat"]["norm"])
+        numbers = (config["threat"]["eps"], config["train"]["seed"])
+        samples = config["evaluate"]["samples"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return False
+    return (
+        all(isinstance(name, str) for name in names)
+        and all(isinstance(number, int | float) for number in numbers)
+        and isinstance(config.get("branches") or {}, dict)
+        and isinstance(samples, int | None)
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

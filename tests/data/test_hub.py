@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import threading
@@ -23,6 +24,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
     root: Path
     gated: bool = False
+    garbled: bool = False
     asked: list[str]
 
     def do_HEAD(self) -> None:
@@ -62,8 +64,9 @@ class FakeHub(BaseHTTPRequestHandler):
     def send_file(self, file: Path, commit: str) -> None:
         if self.gated:
             return self.refuse(403, "GatedRepo")
-        etag = f"{abs(hash(file)):064x}"
-        return self.answer(file.read_bytes(), **{"ETag": f'"{etag}"', "X-Repo-Commit": commit})
+        content = file.read_bytes()
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}
+        return self.answer(content[::-1] if self.garbled else content, **headers)
 
     def refuse(self, status: int, code: str) -> None:
         self.answer(b"{}", status, **{"X-Error-Code": code})
@@ -247,3 +250,14 @@ def test_a_conversion_of_the_first_rows_only_is_refused(hub: type[FakeHub]) -> N
 def test_what_is_no_name_on_the_hub_is_refused(path: str) -> None:
     with pytest.raises(InputError, match="is not the name of a data set on the hub; write hf:OWNER/NAME"):
         read(path)
+
+
+def test_a_download_that_is_not_what_the_hub_has_is_refused_and_not_kept(hub: type[FakeHub]) -> None:
+    write_card(hub.root / "me/animals/main/data", 3)
+    hub.garbled = True
+    with pytest.raises(
+        InputError, match=r"train-00000-of-00001\.parquet was not what the hub has: its checksum differs"
+    ):
+        read("me/animals")
+    hub.garbled = False
+    assert read("me/animals") == ([0, 1, 2, 0, 1, 2], [2, 1, 0])

@@ -1,4 +1,5 @@
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from torch import nn
 
 from as_found import same
 from toughen.engine import checkpoint
-from toughen.errors import InputError
+from toughen.errors import InputError, Notice
 
 
 def network(fill: float = 0.0) -> nn.Module:
@@ -50,59 +51,103 @@ def test_a_new_checkpoint_takes_the_place_of_the_old_one(tmp_path):
     folder = saved(tmp_path / "last", 1)
     saved(folder, 2)
     assert loaded_fill(folder) == (2.0, 2)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
 
 
-class KilledError(Exception):
-    """Stands for the end of the process."""
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
 
 
-@pytest.mark.parametrize(("renames", "expected"), [(0, 1), (1, 1), (2, 2)])
-def test_a_kill_around_the_renames_leaves_one_whole_checkpoint(tmp_path, monkeypatch, renames, expected):
-    folder = saved(tmp_path / "last", 1)
-    rename, rmtree, done = Path.rename, checkpoint.shutil.rmtree, 0
-
-    def counting(self: Path, target: Path) -> Path:
-        nonlocal done
-        if done == renames:
-            raise KilledError
-        done += 1
-        return rename(self, target)
-
-    def clearing(path: Path, ignore_errors: bool = False) -> None:
-        if done == renames == 2:
-            raise KilledError
-        rmtree(path, ignore_errors=ignore_errors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", counting)
-        patch.setattr(checkpoint.shutil, "rmtree", clearing)
-        with pytest.raises(KilledError):
-            saved(folder, 2)
-
-    assert folder.exists() == (renames != 1), "the case between the renames must be among these"
-    assert checkpoint.exists(folder)
-    assert loaded_fill(folder) == (float(expected), expected)
-    saved(folder, 3)
-    assert loaded_fill(folder) == (3.0, 3)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
+def test_the_last_two_are_kept_and_no_more(tmp_path):
+    for fill in range(5):
+        folder = saved(tmp_path / "last", fill)
+    assert names(tmp_path) == ["last", "last.old"]
+    assert loaded_fill(tmp_path / "last") == (4.0, 4)
+    assert loaded_fill(tmp_path / "last.old") == (3.0, 3)
+    assert names(folder) == names(tmp_path / "last.old") == ["sha256", "state.pt", "weights.safetensors"]
 
 
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
-    folder = saved(tmp_path / "last", 1)
+def test_a_repeated_epoch_does_not_push_out_the_one_before_it(tmp_path):
+    for fill in (1, 2, 2):
+        saved(tmp_path / "last", fill)
+    assert loaded_fill(tmp_path / "last") == (2.0, 2)
+    assert loaded_fill(tmp_path / "last.old") == (1.0, 1)
 
-    def killed(*_: object, **__: object) -> None:
-        raise KilledError
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", killed)
-        with pytest.raises(KilledError):
-            saved(folder, 2)
+def test_a_damaged_checkpoint_does_not_push_out_the_whole_one_before_it(tmp_path):
+    for fill in (1, 2):
+        saved(tmp_path / "last", fill)
+    flip(tmp_path / "last" / "state.pt", 99)
+    saved(tmp_path / "last", 3)
+    assert loaded_fill(tmp_path / "last") == (3.0, 3)
+    assert loaded_fill(tmp_path / "last.old") == (1.0, 1)
 
-    assert loaded_fill(folder) == (1.0, 1)
+
+def test_whoever_may_read_the_state_may_read_the_weights(tmp_path):
+    folder = saved(tmp_path / "last")
+    assert len({(folder / file).stat().st_mode for file in FILES}) == 1
+
+
+def flip(file: Path, offset: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[offset] ^= 1
+    file.write_bytes(bytes(content))
 
 
 FILES = ("weights.safetensors", "state.pt")
+
+
+@pytest.mark.parametrize("file", [*FILES, "sha256"])
+@pytest.mark.parametrize("harm", ["flipped", "truncated", "missing"])
+def test_the_checkpoint_before_is_used_where_the_newest_is_damaged_and_one_line_says_so(tmp_path, file, harm):
+    for fill in (1, 2):
+        folder = saved(tmp_path / "last", fill)
+    victim = folder / file
+    if harm == "flipped":
+        flip(victim, 70)
+    elif harm == "truncated":
+        victim.write_bytes(victim.read_bytes()[:70])
+    else:
+        victim.unlink()
+    with pytest.warns(Notice, match=r"last is damaged: .* the one before it is used \(epoch 1\)$") as told:
+        assert loaded_fill(folder) == (1.0, 1), "weights and state of one checkpoint"
+    assert len(told) == 1
+
+
+def test_a_kill_between_two_renames_is_told_as_what_it_is(tmp_path):
+    for fill in (1, 2):
+        folder = saved(tmp_path / "last", fill)
+    shutil.rmtree(folder)
+    with pytest.warns(Notice, match=r"last is missing; the one before it is used \(epoch 1\)$"):
+        assert loaded_fill(folder) == (1.0, 1)
+
+
+def test_two_damaged_checkpoints_are_refused_in_one_line_and_the_model_stays_as_it_is(tmp_path):
+    for fill in (1, 2):
+        folder = saved(tmp_path / "last", fill)
+    flip(folder / "state.pt", 70)
+    (tmp_path / "last.old" / "weights.safetensors").unlink()
+    model = network(7)
+    assert checkpoint.exists(folder), "or a resume would begin anew, over what may be repaired"
+    with pytest.raises(
+        InputError, match=r"last is damaged: state\.pt is not .*last\.old is damaged: weights.* is missing; there is no"
+    ):
+        checkpoint.load(folder, model)
+    assert all(bool((value == 7).all()) for value in model.state_dict().values())
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_read_once_more(tmp_path, monkeypatch):
+    for fill in (1, 2):
+        folder = saved(tmp_path / "last", fill)
+    restore = checkpoint.restore_weights
+    replaced = []
+
+    def slow(model: nn.Module, file: Path) -> None:
+        if not replaced:
+            replaced.append(saved(folder, 3))
+        restore(model, file)
+
+    monkeypatch.setattr(checkpoint, "restore_weights", slow)
+    assert loaded_fill(folder) == (3.0, 3)
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -133,7 +178,7 @@ def test_a_flipped_bit_anywhere_is_refused_and_the_model_stays_as_it_is(tmp_path
 def test_a_missing_file_is_refused(tmp_path, file):
     folder = saved(tmp_path / "last")
     (folder / file).unlink()
-    with pytest.raises(InputError, match=r"is damaged|no checkpoint in"):
+    with pytest.raises(InputError, match=rf"is damaged: {file} is missing"):
         checkpoint.load(folder, network())
 
 
@@ -165,15 +210,8 @@ class Bomb:
 
 def test_a_pickle_in_the_place_of_the_state_is_refused_and_not_run(tmp_path):
     folder, victim = saved(tmp_path / "last"), tmp_path / "victim"
-    torch.save({"format": 2, "epoch": Bomb(victim)}, folder / "state.pt")
+    torch.save({"format": 3, "epoch": Bomb(victim)}, folder / "state.pt")
     (folder / "sha256").write_text(checkpoint._sums(folder))  # an attacker can count too
     with pytest.raises(InputError, match="is damaged"):
         checkpoint.load(folder, network())
     assert not victim.exists()
-
-
-def test_a_checkpoint_of_another_format_is_refused(tmp_path):
-    folder = tmp_path / "last"
-    checkpoint.save(folder, network(), {"format": 99})
-    with pytest.raises(InputError, match="not of format 2"):
-        checkpoint.load(folder, network())

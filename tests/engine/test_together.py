@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from together import CASES, ended, main
+from together import CASES, SHARDED, ended, main
 from torch import Tensor
 
 from small_runs import recipe, train
@@ -42,37 +42,57 @@ def told(run: Path) -> list[tuple[Any, ...]]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The folders of the runs of one process and of two."""
-    folder = tmp_path_factory.mktemp("together")
-    torchrun(WORKER, folder / "two", *CASES)
-    main(folder / "one", *CASES)
+    folder = tmp_path_factory.mktemp("ddp")
+    torchrun(WORKER, folder / "two", "ddp", *CASES)
+    main(folder / "one", CASES, list(CASES))
     return folder / "one", folder / "two"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_processes_train_as_one_over_four_selections(both: tuple[Path, Path], name: str) -> None:
-    one, two = (folder / name for folder in both)
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same, where the two hold a half of the weights each."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    torchrun(WORKER, folder / "two", "fsdp", *SHARDED)
+    main(folder / "one", SHARDED, list(SHARDED))
+    return folder / "one", folder / "two"
+
+
+def check_alike(one: Path, two: Path) -> None:
     [alone], (first, second) = ended(one).values(), ended(two).values()
-    assert all(torch.equal(first[key], second[key]) for key in first), "the processes drifted apart"  # type: ignore[index]
-    assert largest_difference(alone, first) < 1e-6  # type: ignore[arg-type]
+    assert all(torch.equal(first[key], second[key]) for key in first), "the processes drifted apart"
+    assert largest_difference(alone, first) < 1e-6
     assert told(one) == told(two)
-    if "CLAT" in name:
+    if "CLAT" in one.name:
         assert len({str(selected) for _, selected, _ in told(one)[1:]}) > 1, "nothing was selected anew"
     assert RunFolder(two).provenance()["processes"] == 2
     assert RunFolder(two).finished
 
 
-@pytest.mark.parametrize("name", ["PGD-AT + CLAT + AWP"])
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_train_as_one_over_four_selections(ddp: tuple[Path, Path], name: str) -> None:
+    check_alike(ddp[0] / name, ddp[1] / name)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_processes_that_hold_half_of_the_weights_each_train_as_one(fsdp: tuple[Path, Path], name: str) -> None:
+    check_alike(fsdp[0] / name, fsdp[1] / name)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "name"),
+    [("ddp", "PGD-AT + CLAT + AWP"), pytest.param("fsdp", "ViT, PGD-AT + CLAT", marks=pytest.mark.slow)],
+)
 def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(
-    both: tuple[Path, Path], tmp_path: Path, name: str
+    tmp_path: Path, request: pytest.FixtureRequest, strategy: str, name: str
 ) -> None:
-    torchrun(WORKER, "--killed", tmp_path, name, options=("--max-restarts", "1"))
+    undisturbed: Path = request.getfixturevalue(strategy)[1] / name
+    torchrun(WORKER, tmp_path, strategy, "--killed", name, options=("--max-restarts", "1"))
     first, second = ended(tmp_path / name).values()
-    assert all(torch.equal(first[key], second[key]) for key in first)  # type: ignore[index]
-    undisturbed = ended(both[1] / name)["rank0"]
-    assert largest_difference(undisturbed, first) == 0.0  # type: ignore[arg-type]
-    assert told(tmp_path / name) == told(both[1] / name)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert largest_difference(ended(undisturbed)["rank0"], first) == 0.0
+    assert told(tmp_path / name) == told(undisturbed)
 
 
 def test_the_command_line_trains_in_several_processes_and_speaks_once(tmp_path: Path) -> None:
@@ -97,3 +117,10 @@ def test_what_does_not_divide_or_goes_on_from_use_to_use_is_refused() -> None:
         Trainer(recipe(train={"accumulate": 3}), out="nowhere")
     with pytest.raises(InputError, match=r"Free-AT does not go with train\.accumulate=2"):
         recipe(method=[{"name": "free-at"}], train={"accumulate": 2})
+
+
+def test_methods_that_can_not_train_dealt_out_weights_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"AWP does not go with train\.strategy=fsdp.*use ddp, or methods that can: carry-o"
+    ):
+        recipe(method=[{"name": "pgd-at"}, {"name": "awp"}], train={"strategy": "fsdp"})

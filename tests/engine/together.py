@@ -1,16 +1,19 @@
-"""Trains the cases of ``CASES`` in as many processes as ``torchrun`` starts: ``together.py FOLDER NAME...``.
+"""Trains cases in as many processes as ``torchrun`` starts: ``together.py FOLDER STRATEGY [--killed] NAME...``.
 
 What each process ends with is written beside the run, so that a test can compare it with one process's.
 """
 
+import argparse
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -31,6 +34,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "PGD-AT + RiFT": [PGD_AT, {"name": "rift", "start_epoch": 3}],
     "Free-AT": [{"name": "free-at", "replays": 3}],
     "AutoLoRA": [{"name": "autolora", "rank": 2, "probe_size": 40}],
+}
+SHARDED: dict[str, list[dict[str, Any]]] = {  # a name that begins with ViT trains one
+    "PGD-AT": CASES["PGD-AT"],
+    "TRADES + CLAT": [{"name": "trades"}, {**CLAT, "select": "random"}],
+    "ViT, PGD-AT + CLAT": [PGD_AT, {**CLAT, "select": "random"}],
+    "ViT, TRADES + CLAT (inner loss)": [{"name": "trades"}, {**CLAT, "base": "inner"}],
+    "ViT, MART + ATTA": [{"name": "mart"}, {"name": "carry-over"}],
 }
 
 
@@ -55,19 +65,31 @@ def dies_once(at: int) -> None:
     Updater.update = killed  # type: ignore[method-assign]
 
 
-def main(folder: Path, *names: str, **settings: Any) -> None:
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"img_size": 8, "patch_size": 4, "depth": 3, "embed_dim": 24, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=10, **sizes)
+
+
+def main(folder: Path, cases: dict[str, list[dict[str, Any]]], names: Sequence[str], **settings: Any) -> None:
     for name in names:
         run = folder / name
         resume = (run / "config.yaml").exists()
-        wanted = recipe(method=CASES[name], train={"epochs": 5, **settings})
-        trainer = Trainer(wanted, out=run, resume=resume, show_progress=False)
+        model = vit() if name.startswith("ViT") else None
+        wanted = recipe(method=cases[name], train={"epochs": 5, **({"lr": 0.02} if model else {}), **settings})
+        trainer = Trainer(wanted, out=run, model=model, resume=resume, show_progress=False)
         trainer.fit()
         torch.save(trainer.model.state_dict(), run / f"rank{processes.rank()}.pt")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--killed":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("strategy")
+    parser.add_argument("--killed", action="store_true")
+    parser.add_argument("names", nargs="+")
+    given = parser.parse_args()
+    if given.killed:
         dies_once(at=8)
-        main(Path(sys.argv[2]), *sys.argv[3:], checkpoint_steps=1)
-    else:
-        main(Path(sys.argv[1]), *sys.argv[2:])
+    among = SHARDED if given.strategy == "fsdp" else CASES
+    main(given.folder, among, given.names, strategy=given.strategy, checkpoint_steps=1 if given.killed else None)

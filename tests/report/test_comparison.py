@@ -46,7 +46,7 @@ def test_runs_of_one_seed_or_of_two_recipes_are_not_folded(tmp_path, seeds, reci
         (("run", "run-2"), "run"),
         (("run-10", "run-11"), "run"),
         (("resnet18", "resnet18-2"), "resnet18"),
-        (("a/seed-0", "a/seed-1"), "seed"),
+        (("a/seed-0", "a/seed-1"), "a"),
         (("first", "second"), "first"),
     ],
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from toughen.cli.console import note
 from toughen.cli.grammar import make_parser
+from toughen.cli.sweeping import run_sweep
 from toughen.cli.verbs import VERBS
 from toughen.engine import Interrupted
 from toughen.errors import InputError, Notice
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 2 the user's mistake, told in one line; 130 stopped by Ctrl-C, with the checkpoint written.
     """
     try:
-        options, rest = make_parser(VERBS).parse_known_args(arguments)
+        options, rest = make_parser({**VERBS, "sweep": run_sweep}).parse_known_args(arguments)
         if rest and (options.verb != "train" or any(word.startswith("-") for word in rest)):
             raise InputError(f"unrecognized arguments: {' '.join(rest)} (see `toughen --help`)")
         if rest:  # recipe and overrides may stand on both sides of an option
@@ -52,12 +53,14 @@ def _tell(text: str) -> None:
 
 @contextmanager
 def _notices_told() -> Iterator[None]:
-    """Inside, what the package wants the user to know is one line on standard error."""
+    """Inside, what the package wants the user to know is one line on standard error, told once."""
+    said: set[str] = set()
 
     def tell(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        if issubclass(category, Notice):
+        if issubclass(category, Notice) and str(message) not in said:
+            said.add(str(message))
             note(str(message))
-        else:
+        elif not issubclass(category, Notice):
             shown(message, category, *place)
 
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from rich.console import Console
 
 from toughen import processes
+from toughen.errors import one_line
 
 out = Console(width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True)
@@ -15,7 +16,7 @@ err = Console(stderr=True)
 
 def note(text: str) -> None:
     """Tell the user something beside the results, in one line."""
-    err.print(f"note: {text}", highlight=False, soft_wrap=True)
+    err.print(f"note: {one_line(text)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -16,7 +17,7 @@ from toughen.cli.target import Target, check_samples, find_target
 from toughen.data import Images
 from toughen.engine import Interrupted
 from toughen.engine.progress import attack_progress
-from toughen.errors import InputError
+from toughen.errors import InputError, one_line
 from toughen.evaluation import (
     EvalAttack,
     EvalResult,
@@ -185,7 +186,8 @@ def _say_seen(name: str, target: Target, num_images: int, results: Mapping[str, 
     if num_seen < num_images:
         note(f"skipped {num_images - num_seen} test images that cannot be decoded")
     threat = f"{target.threat.norm} eps {target.threat.eps:.4g}, step size {target.step_size:.4g}"
-    out.print(f"{name}, {num_seen} test images of {target.splits.name}, {threat}:", highlight=False)
+    seen = f"{name}, {num_seen} test images of {target.splits.name}, {threat}:"
+    out.print(one_line(seen), highlight=False, markup=False)
 
 
 def _table(results: Sequence[Mapping[str, EvalResult]]) -> Table:
@@ -203,7 +205,7 @@ def _table(results: Sequence[Mapping[str, EvalResult]]) -> Table:
         mean = f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
         passes = sum(stage.forwards + stage.backwards for stage in result.stages) / result.n
         table.add_row(
-            name,
+            escape(name),
             f"{100 * result.accuracy:.2f} %",
             *((mean, f"{100 * sum(worst) / len(worst):.2f} %") if repeated else ()),
             f"{100 * interval.low:.1f} to {100 * interval.high:.1f}",
@@ -214,7 +216,7 @@ def _table(results: Sequence[Mapping[str, EvalResult]]) -> Table:
         standing = sum(1 for place in result.fell if place != "clean")
         for stage in stages:
             standing -= stage.fell
-            table.add_row(f"  after {stage.name}", f"{100 * standing / result.n:.2f} %")
+            table.add_row(f"  after {escape(stage.name)}", f"{100 * standing / result.n:.2f} %")
     return table
 
 
@@ -223,10 +225,10 @@ def _class_table(results: Mapping[str, EvalResult], classes: Sequence[str]) -> T
     table.add_column("class")
     table.add_column("n", justify="right")
     for name in results:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     found = [result.per_class() for result in results.values()]
     for label, (_, count) in found[0].items():
-        table.add_row(classes[label], str(count), *(f"{100 * one[label][0]:.1f}" for one in found))
+        table.add_row(escape(one_line(classes[label])), str(count), *(f"{100 * one[label][0]:.1f}" for one in found))
     return table
 
 
@@ -294,11 +296,11 @@ def _short(name: str, names: Sequence[str]) -> str:
 def _transfer_table(matrix: TransferMatrix, target: Target) -> Table:
     threat = f"{target.threat.norm} eps {target.threat.eps:.4g}"
     n = len(matrix.clean[0])
-    table = Table(title=f"accuracy under {matrix.attack}, {threat}, n = {n}, percent; * white-box")
+    table = Table(title=f"accuracy under {escape(matrix.attack)}, {threat}, n = {n}, percent; * white-box")
     table.add_column("made on \\ shown to", no_wrap=True)
     for name in matrix.names:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     table.add_row("clean images", *(f"{100 * sum(found) / n:.1f}" for found in matrix.clean))
     for i, (name, row) in enumerate(zip(matrix.names, matrix.accuracy, strict=True)):
-        table.add_row(name, *(f"{100 * value:.1f}{'*' if i == j else ''}" for j, value in enumerate(row)))
+        table.add_row(escape(name), *(f"{100 * value:.1f}{'*' if i == j else ''}" for j, value in enumerate(row)))
     return table

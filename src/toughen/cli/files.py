@@ -34,10 +34,7 @@ def check_folder(folder: str) -> None:
 
 def write(file: str, text: str) -> None:
     """Write a text file."""
-    try:
-        write_text(Path(file), text + "\n")
-    except OSError as error:
-        raise InputError(f"can't write {file}: {error.strerror}") from None
+    write_text(Path(file), text + "\n")
 
 
 def write_plot(file: str, plot: Callable[[Path], None]) -> None:

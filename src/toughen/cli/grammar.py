@@ -54,6 +54,7 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     train.add_argument(
         "--dry-run", action="store_true", help="print the resolved recipe and the layer map, train nothing"
     )
+    _add_allow_code(train)
 
     analyze = verb("analyze", "Measure the criticality of each layer.", "toughen analyze small_cnn --data digits")
     _add_target(analyze)
@@ -105,11 +106,31 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     transfer.add_argument("--plot", metavar="FILE", help="draw the matrix (.png, .pdf, .svg)")
 
     compare = verb("compare", "Put runs side by side.", "toughen compare runs/small_cnn-digits")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="the first is what the others are compared with")
+    compare.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="the first is what the others are compared with; a sweep stands for its runs",
+    )
     compare.add_argument(
         "--each", action="store_true", help="a row for each run (default: one for runs that differ in train.seed alone)"
     )
     compare.add_argument("--json", metavar="FILE", help="write all figures, with their intervals")
+
+    sweep = verb(
+        "sweep",
+        "Train a grid of settings and seeds on Ray; the same command goes on after a stop.",
+        "toughen sweep digits_methods --dry-run",
+    )
+    _add_allow_code(sweep)
+    sweep.add_argument("file", metavar="FILE", help="a .yaml file: recipe, grid, runs, seeds, resources, retries")
+    sweep.add_argument("--out", metavar="DIR", help="the folder of all runs (default: runs/NAME)")
+    sweep.add_argument(
+        "--workers", type=int, metavar="N", help="runs at a time (default: as many as there is room for)"
+    )
+    sweep.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster: auto, HOST:PORT, ray://HOST:PORT")
+    sweep.add_argument("--dry-run", action="store_true", help="print the runs and what differs, train nothing")
+    sweep.add_argument("--slurm", metavar="FILE", help="write the runs out as a SLURM array script, train nothing")
 
     list_ = verb("list", "List what there is by name.", "toughen list layers resnet18")
     list_.add_argument(
@@ -134,12 +155,23 @@ def _add_attack_options(parser: Parser, *, default: str) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the outcome of every sample")
 
 
+def _add_allow_code(parser: Parser) -> None:
+    parser.add_argument(
+        "--allow-code",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="let a recipe file or a run folder name methods and models of this package, which runs its code",
+    )
+
+
 def _add_target(parser: Parser) -> None:
     parser.add_argument("target", metavar="TARGET", help="a run folder, a weights file with --model, or a model spec")
     _add_target_options(parser)
 
 
 def _add_target_options(parser: Parser) -> None:
+    _add_allow_code(parser)
     parser.add_argument("--model", metavar="SPEC", help="the model of a weights file")
     parser.add_argument("--pretrained", action="store_true", help="with the weights that the model's source publishes")
     parser.add_argument("--width", type=int, help="channels of the model's first stage")

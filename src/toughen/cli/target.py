@@ -9,7 +9,7 @@ from torch import nn
 
 from toughen import data, models
 from toughen.cli.console import note
-from toughen.config import network_of, resolve
+from toughen.config import network_of, recipe_of
 from toughen.data import DataSplits
 from toughen.engine import ModelSettings, Recipe, checkpoint, create_model, pick_device
 from toughen.errors import InputError
@@ -50,7 +50,8 @@ def find_target(options: argparse.Namespace) -> Target:
         raise InputError("--accurate RUN and --alpha A go together: TARGET gets the weight A, the network of RUN 1 - A")
     if options.accurate is None:
         return target
-    accurate = create_model(network_of(options.accurate), target.splits).to(next(target.model.parameters()).device)
+    settings = network_of(options.accurate, allow_code=options.allow_code)
+    accurate = create_model(settings, target.splits).to(next(target.model.parameters()).device)
     mixture = models.mix(accurate, target.model, alpha=options.alpha, image_shape=target.splits.train.shape)
     return target._replace(model=mixture)
 
@@ -94,7 +95,7 @@ def _run(options: argparse.Namespace, run: RunFolder) -> Target:
             raise InputError(f"{run.path} is a run folder, which knows its model; leave --{flag} out")
     if options.image_size is not None and options.data is None:
         raise InputError("--image-size is for the images of --data; the run's own images keep their size")
-    recipe = resolve(run.config())
+    recipe = recipe_of(run, allow_code=options.allow_code)
     device = pick_device(options.device)
     splits = _splits(options, recipe)
     model = create_model(recipe.model, splits, start_weights=False)

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -16,8 +17,9 @@ from toughen.attacks import PGD
 from toughen.cli.console import err, first_alone_speaks, note, out
 from toughen.cli.evaluating import run_evaluate, run_transfer
 from toughen.cli.files import check_output, write, write_plot
+from toughen.cli.sweeping import expanded
 from toughen.cli.target import check_samples, find_target
-from toughen.config import ATTACKS, load_recipe, recipe_names, resolve
+from toughen.config import ATTACKS, load_recipe, packages_named, recipe_names, recipe_of
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
 from toughen.criticality.selection import SELECTORS
 from toughen.data import AUGMENTS, DATASETS, DataSplits
@@ -44,6 +46,7 @@ def _go_on_after_restart(options: argparse.Namespace) -> None:
         raise InputError("torchrun --max-restarts needs --out DIR: a restart has to find the run that it goes on with")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if restarted and RunFolder(Path(options.out)).config_file.is_file():
+        options.allow_code = [*options.allow_code, *packages_named(options.words)]  # typed when the run began
         options.resume, options.out, options.words = options.out, None, []
 
 
@@ -55,10 +58,10 @@ def _train_here(options: argparse.Namespace) -> None:
         run = RunFolder.open(Path(options.resume))
         if run.finished:
             raise InputError(f"run {options.resume} is finished; see it with `toughen compare {options.resume}`")
-        recipe = resolve(run.config())
+        recipe = recipe_of(run, allow_code=options.allow_code)
     else:
         named = words[:1] if words and "=" not in words[0] else []
-        recipe = load_recipe(named[0] if named else "digits", words[len(named) :])
+        recipe = load_recipe(named[0] if named else "digits", words[len(named) :], allow_code=options.allow_code)
     if options.dry_run:
         splits = data.load(recipe.data)
         model = create_model(recipe.model, splits)
@@ -69,7 +72,7 @@ def _train_here(options: argparse.Namespace) -> None:
         _print_layers(model, splits)
         return
     trainer = Trainer(recipe, out=options.resume or options.out, resume=bool(options.resume))
-    err.print(f"run folder: {trainer.folder.path}", highlight=False, soft_wrap=True)
+    err.print(f"run folder: {trainer.folder.path}", highlight=False, markup=False, soft_wrap=True)
     for line in (*trainer.data.notes, *_kept_branches(recipe, words)):
         note(line)
     try:
@@ -92,14 +95,14 @@ def _show(run: RunFolder) -> None:
     """Print the tables of a finished run, and save its plots into its folder."""
     for member in (run, *run.branches()):
         for epoch, content in list(member.reports().items())[-1:]:
-            title = f"{member.path.name}: selection after {epoch} epochs (* selected)"
+            title = f"{escape(member.path.name)}: selection after {epoch} epochs (* selected)"
             out.print(CriticalityReport.from_dict(content).table(title=title, selected=content["selected"]))
         if member.reports():
             plot_criticality(member, member.path / "criticality.png")
     plot_training(run, run.path / "training.png")
     out.print(comparison_tables(compare_runs([run])))
     plots = ", ".join(sorted(str(file) for file in run.path.rglob("*.png")))
-    err.print(f"plots: {plots}", highlight=False, soft_wrap=True)
+    err.print(f"plots: {plots}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _analyze(options: argparse.Namespace) -> None:
@@ -122,7 +125,7 @@ def _analyze(options: argparse.Namespace) -> None:
     attack = PGD(target.threat, step_size=target.step_size, steps=options.steps)
     report = analyze(target.model, images, attack, options=criticality, seed=target.seed)
     target.say_remark()
-    out.print(report.table(title=f"criticality of {options.target}, {target.splits.name}"))
+    out.print(report.table(title=escape(f"criticality of {options.target}, {target.splits.name}")))
     for line in report.notes:
         print(f"note: {line}")
     if options.json:
@@ -133,8 +136,7 @@ def _analyze(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     check_output(options.json)
-    runs = [RunFolder.open(Path(run)) for run in options.runs]
-    comparison = compare_runs(runs, seeds="each" if options.each else "folded")
+    comparison = compare_runs(expanded(options.runs), seeds="each" if options.each else "folded")
     out.print(comparison_tables(comparison))
     if options.json:
         write(options.json, json.dumps(comparison.to_dict()))
@@ -168,12 +170,14 @@ def _list(options: argparse.Namespace) -> None:
 def _print_layers(model: nn.Module, splits: DataSplits) -> None:
     example = next(iter(data.in_order(splits.train, batch_size=1, device=next(model.parameters()).device))).x
     layers = map_layers(model, example)
-    table = Table(title=f"layers of {type(model).__name__} on {splits.name}, in order of execution")
+    table = Table(title=f"layers of {type(model).__name__} on {escape(splits.name)}, in order of execution")
     for title in ("layer", "name", "parameters", "features", "calls"):
         table.add_column(title, justify="left" if title == "name" else "right")
     for layer in layers:
         index = "classifier" if layer.classifier else str(layer.index)
-        table.add_row(index, layer.name, str(layer.num_parameters), str(layer.num_features), str(layer.num_calls))
+        table.add_row(
+            index, escape(layer.name), str(layer.num_parameters), str(layer.num_features), str(layer.num_calls)
+        )
     out.print(table)
     for line in layers.notes():
         print(f"note: {line}")

@@ -1,6 +1,18 @@
 """Recipe files: reading, overriding and checking them, until a ``Recipe`` stands."""
 
 from toughen.config.build import build
-from toughen.config.load import ATTACKS, load_recipe, network_of, read_document, recipe_names, resolve
+from toughen.config.code import Permission, packages_named
+from toughen.config.load import ATTACKS, load_recipe, network_of, read_document, recipe_names, recipe_of, resolve
 
-__all__ = ["ATTACKS", "build", "load_recipe", "network_of", "read_document", "recipe_names", "resolve"]
+__all__ = [
+    "ATTACKS",
+    "Permission",
+    "build",
+    "load_recipe",
+    "network_of",
+    "packages_named",
+    "read_document",
+    "recipe_names",
+    "recipe_of",
+    "resolve",
+]

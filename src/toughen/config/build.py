@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass
 from fractions import Fraction
+from functools import cache
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from toughen.errors import InputError, unknown
 
@@ -33,26 +34,33 @@ def build(target: Callable[..., T], values: Any, *, path: str, **given: Any) -> 
     """
     if not isinstance(values, Mapping):
         raise InputError(f"{path} is {values!r}; it must be a mapping of keys to values")
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(target).parameters.items()
-        if name not in given and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
+    hints, schema = _schema(target, frozenset(given))
     for key in values:
-        if key not in parameters:
-            raise unknown(f"key in {path}:", str(key), parameters)
-    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    fields: dict[str, Any] = {
-        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else None)
-        for name, parameter in parameters.items()
-    }
-    schema = create_model("Settings", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
+        if key not in hints:
+            raise unknown(f"key in {path}:", str(key), hints)
     prepared = {key: _prepare(hints[key], value, f"{path}.{key}") for key, value in values.items()}
     try:
         checked = schema.model_validate(prepared)
     except ValidationError as error:
         raise InputError("; ".join(dict.fromkeys(_explain(path, detail) for detail in error.errors()))) from None
     return target(**given, **{name: getattr(checked, name) for name in checked.model_fields_set})
+
+
+@cache
+def _schema(target: Callable[..., Any], given: frozenset[str]) -> tuple[dict[str, Any], type[BaseModel]]:
+    """The annotation of each parameter that a recipe may set, and what checks their values."""
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(target).parameters.items()
+        if name not in given and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    fields: dict[str, Any] = {
+        name: (hints[name], ... if parameter.default is inspect.Parameter.empty else None)
+        for name, parameter in parameters.items()
+    }
+    schema = create_model("Settings", __config__=ConfigDict(arbitrary_types_allowed=True), **fields)
+    return {name: hints[name] for name in parameters}, schema
 
 
 def _prepare(hint: Any, value: Any, path: str) -> Any:

@@ -4,17 +4,18 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import is_dataclass, replace
+from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from toughen import models
 from toughen.attacks import PGD, fgsm_rs
 from toughen.config.build import build
+from toughen.config.code import Permission, packages_named
 from toughen.data import AUGMENTS, DataSettings
+from toughen.documents import parse_yaml
 from toughen.engine import EvaluateSettings, MixtureSettings, ModelSettings, Recipe, TrainSettings
 from toughen.engine.checkpoint import WEIGHTS
 from toughen.errors import InputError, unknown
@@ -32,16 +33,19 @@ REQUIRED = ("model", "data", "threat", "attack", "method", "train")
 OPTIONAL = ("evaluate", "branch_epoch", "branches", "description")
 
 
-def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name: str, overrides: Sequence[str] = (), *, allow_code: Iterable[str] = ()) -> Recipe:
     """Read a recipe by name or path, apply dotted overrides, and resolve it.
 
     Args:
         name: A name of ``toughen list recipes``, or the path of a YAML file.
         overrides: ``"key.path=value"``; values are YAML, list items are addressed by number. Another ``model.name``
             comes with its own width, unless ``model.width`` is given too.
+        allow_code: Packages of whose code the file may name methods and models, besides those that the
+            overrides name and those in the variable ``TOUGHEN_ALLOW_CODE``.
 
     Raises:
-        InputError: Unknown recipe or key, a value of the wrong type, settings that contradict each other.
+        InputError: Unknown recipe or key, a value of the wrong type, settings that contradict each other, or code of a
+            package that was not allowed.
     """
     document = read_document(name)
     for override in overrides:
@@ -49,15 +53,28 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     given = {override.partition("=")[0] for override in overrides}
     if "model.name" in given and "model.width" not in given and isinstance(document.get("model"), dict):
         document["model"].pop("width", None)  # it was the width of the recipe's own network
-    return resolve(document)
+    return resolve(document, code=Permission.of_user(f"recipe {name}", [*allow_code, *packages_named(overrides)]))
+
+
+def recipe_of(run: RunFolder, *, allow_code: Iterable[str] = ()) -> Recipe:
+    """Return the recipe that a run was made with.
+
+    Args:
+        run: May be anybody's.
+        allow_code: As for ``load_recipe``.
+
+    Raises:
+        InputError: Its file is damaged, or names code of a package that was not allowed.
+    """
+    return resolve(run.config(), code=Permission.of_user(f"run {run.path}", allow_code))
 
 
 def recipe_names() -> dict[str, str]:
     """Return the recipes that come with the package, each with its first line of description."""
     names = {}
     for file in sorted(_on_shelf(_shelf())):
-        description = yaml.safe_load((_shelf() / f"{file}.yaml").read_text()).get("description", "")
-        names[file] = description.strip().splitlines()[0]
+        document = parse_yaml((_shelf() / f"{file}.yaml").read_text(), what=f"recipe {file}")
+        names[file] = document["description"].strip().splitlines()[0]
     return names
 
 
@@ -104,23 +121,24 @@ def _read(name: str) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"recipe file {name} is not a text file that can be read: {error}") from None
     else:
-        if name not in recipe_names():
+        if name not in (names := _on_shelf(_shelf())):
             if Path(name).is_dir():
                 raise InputError(f"recipe {name} is a folder; name a .yaml file in it")
-            raise unknown("recipe", name, recipe_names(), hint="or give the path of a .yaml file")
+            raise unknown("recipe", name, names, hint="or give the path of a .yaml file")
         text = (_shelf() / f"{name}.yaml").read_text()
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"recipe {name} is not valid YAML: {' '.join(str(error).split())}") from None
+    document = parse_yaml(text, what=f"recipe {name}")
     if not isinstance(document, dict):
         given = "empty" if document is None else f"a {type(document).__name__}"
         raise InputError(f"recipe {name} is {given}; it must be a mapping of sections")
     return document
 
 
-def resolve(document: Mapping[str, Any]) -> Recipe:
+def resolve(document: Mapping[str, Any], *, code: Permission | None = None) -> Recipe:
     """Check a recipe given as plain values and turn it into settings, branches included.
+
+    Args:
+        document: Plain values.
+        code: Which code it may name; None is any, for a document that the caller wrote himself.
 
     Raises:
         InputError: See ``load_recipe``.
@@ -136,30 +154,33 @@ def resolve(document: Mapping[str, Any]) -> Recipe:
     step_size = attack.step_size if evaluate.step_size is None else evaluate.step_size
     return Recipe(
         description=str(document.get("description", "")),
-        model=_model(document["model"]),
+        model=_model(document["model"], code),
         data=_data(document["data"]),
         threat=threat,
         attack=attack,
-        method=_stack(document["method"]),
+        method=_stack(document["method"], code),
         train=build(TrainSettings, document["train"], path="train"),
         evaluate=evaluate,
         branch_epoch=_epoch(document.get("branch_epoch")),
-        branches=_branches(document, test_step_size=step_size),
+        branches=_branches(document, code, test_step_size=step_size),
     )
 
 
-def network_of(path: str) -> ModelSettings:
+def network_of(path: str, *, allow_code: Iterable[str] = ()) -> ModelSettings:
     """Return the network that a run has trained, with its weights to start from.
 
     Args:
         path: A run folder, for its last checkpoint, or one of its checkpoints, for example ``RUN/checkpoints/best``.
+        allow_code: As for ``load_recipe``.
 
     Raises:
-        InputError: There is no such run, it has no such checkpoint yet, or it trained a mixture.
+        InputError: There is no such run, it has no such checkpoint yet, it trained a mixture, or its network is code of
+            a package that was not allowed.
     """
     place = Path(path).expanduser()
     checkpoint = place if place.parent.name == "checkpoints" else place / "checkpoints" / "last"
-    settings = _model(RunFolder.open(checkpoint.parent.parent).config().get("model"))
+    code = Permission.of_user(f"run {path}", allow_code)
+    settings = _model(RunFolder.open(checkpoint.parent.parent).config().get("model"), code)
     if isinstance(settings, MixtureSettings):
         raise InputError(f"run {path} trained a mixture, which is not mixed again; give one of its two networks")
     weights = checkpoint / WEIGHTS
@@ -183,19 +204,23 @@ def _on_shelf(folder: Traversable, under: str = "") -> list[str]:
     return found
 
 
-def _model(values: Any) -> ModelSettings | MixtureSettings:
+def _model(values: Any, code: Permission | None) -> ModelSettings | MixtureSettings:
     if isinstance(values, Mapping) and values.get("name") == "adaptive_smoothing":
         parts = {part: values[part] for part in ("accurate", "robust") if part in values}
         networks = {
-            part: network_of(value) if isinstance(value, str) else _network(value, path=f"model.{part}")
+            part: network_of(value, allow_code=code.packages if code else ())
+            if isinstance(value, str)
+            else _network(value, code, path=f"model.{part}")
             for part, value in parts.items()
         }
         return build(MixtureSettings, {**values, **networks}, path="model")
-    return _network(values, path="model")
+    return _network(values, code, path="model")
 
 
-def _network(values: Any, *, path: str) -> ModelSettings:
+def _network(values: Any, code: Permission | None, *, path: str) -> ModelSettings:
     settings = build(ModelSettings, values, path=path)
+    if code is not None:
+        code.check(settings.name)
     models.check_spec(settings.name)  # an unknown name is refused here, before any data is read
     return settings
 
@@ -222,17 +247,20 @@ def _named(
     return build(find(name), settings, path=f"{path} {name}", **given)
 
 
-def _stack(methods: Any) -> Stack:
+def _stack(methods: Any, code: Permission | None) -> Stack:
     if not isinstance(methods, list):
         raise InputError(f"method is {methods!r}; it must be a list from inner to outer, each with a name")
-    named = [_named(METHODS, method, path=f"method.{n}", find=_method) for n, method in enumerate(methods)]
+    find = partial(_method, code=code)
+    named = [_named(METHODS, method, path=f"method.{n}", find=find) for n, method in enumerate(methods)]
     return stack(*named)
 
 
-def _method(name: str) -> Any:
+def _method(name: str, *, code: Permission | None) -> Any:
     """Find a method by its name, or a class of the user's own; nothing else that can be imported is ever called."""
     if ":" not in name:
         return METHODS[name]
+    if code is not None:
+        code.check(name)
     found = imported(name, what="method")
     if not (isinstance(found, type) and issubclass(found, Objective | Wrapper)):
         raise InputError(f"method {name!r} is no Objective and no Wrapper of toughen; see docs/add-an-objective.md")
@@ -256,7 +284,7 @@ def _epoch(value: Any) -> int | None:
     raise InputError(f"branch_epoch is {value!r}; it must be a whole number")
 
 
-def _branches(document: Mapping[str, Any], *, test_step_size: float) -> dict[str, Recipe]:
+def _branches(document: Mapping[str, Any], code: Permission | None, *, test_step_size: float) -> dict[str, Recipe]:
     branches = document.get("branches") or {}
     if not isinstance(branches, Mapping):
         raise InputError(f"branches is {branches!r}; it must map names to overrides")
@@ -274,7 +302,7 @@ def _branches(document: Mapping[str, Any], *, test_step_size: float) -> dict[str
                 raise InputError(
                     f"branch {name!r} sets {key}; a branch continues its run, so {key} must stay the run's"
                 )
-        resolved[name] = resolve(_merged(base, changes or {}))
+        resolved[name] = resolve(_merged(base, changes or {}), code=code)
     return resolved
 
 
@@ -296,10 +324,7 @@ def _override(document: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"override {override!r} is not of the form key.path=value, for example train.epochs=2")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"the value in {override!r} is not valid YAML") from None
+    value = parse_yaml(text, what=f"the value in {override!r}")
     *parents, last = path.split(".")
     place: Any = document
     for depth, key in enumerate(parents):

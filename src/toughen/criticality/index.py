@@ -83,7 +83,8 @@ class CriticalityReport:
         rows = self.ranked(classifier=classifier)
         if not any(row.weakness for row in rows):
             raise InputError(
-                "no layer has a criticality: the perturbed images equal the clean ones; is eps or step_size 0?"
+                "no layer has a criticality: the perturbed images equal the clean ones; is eps or step_size 0, or the"
+                " first layer constant?"
             )
         check_k(k, len(rows))
         return rows

@@ -91,7 +91,7 @@ class Cifar:
     def _read_binary(self, folder: Path) -> tuple[ImageSet, ImageSet]:
         names = folder / self.names_file
         if names.exists():
-            check_order(names.read_text().split(), self.classes, where=str(names))
+            check_order(names.read_text(encoding="utf-8", errors="replace").split(), self.classes, where=str(names))
         train = [self._read_records(folder / file) for file in self.train_files]
         test = self._read_records(folder / self.test_file)
         return (

@@ -5,7 +5,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -44,6 +44,10 @@ class Encoded(NamedTuple):
     content: Path | bytes
 
 
+class SizesDiffer(InputError):
+    """Two pictures differ in size that would have to lie in one tensor."""
+
+
 class Pictures(Protocol):
     """Encoded pictures by position; they need not be in memory."""
 
@@ -75,13 +79,20 @@ class Decoder:
     center: float = 1.0
     channels: int | None = None
 
-    def __call__(self, picture: Encoded) -> Pixels:
+    def __call__(self, picture: Encoded, *, like: tuple[str, tuple[int, int]] | None = None) -> Pixels:
         """Decode one picture: [H, W, C].
+
+        Args:
+            picture: Encoded.
+            like: Name, height and width of another one that it must equal in size, seen before it is decoded: a small
+                file can hold a huge picture.
 
         Raises:
             InputError: It is broken, of an unknown format, or too large.
         """
         with _Opened(picture) as image:
+            if like is not None:
+                check_size(*like, picture.name, (image.height, image.width))
             if self.image_size is None:
                 return _array(eight_bits(image, self.channels))
             return _square(image, _middle(image, self.center), self.image_size, self.channels)
@@ -125,11 +136,14 @@ def decode(pictures: Pictures, decoder: Decoder, *, on_error: OnError = "raise")
     Raises:
         InputError: A picture cannot be decoded, all of them cannot, or the sizes differ.
     """
+    like = _first_size(pictures) if decoder.image_size is None else None
 
     def one(position: int) -> Pixels | str:
         picture = pictures[position]
         try:
-            return decoder(picture)
+            return decoder(picture, like=like)
+        except SizesDiffer:
+            raise
         except InputError:
             if on_error == "raise":
                 raise
@@ -142,9 +156,6 @@ def decode(pictures: Pictures, decoder: Decoder, *, on_error: OnError = "raise")
     skipped = tuple(outcome for outcome in outcomes if isinstance(outcome, str))
     if not arrays:
         raise InputError(f"none of the {len(pictures)} images can be decoded; the first is {skipped[0]}")
-    first = next(iter(arrays))
-    for position, array in arrays.items():
-        check_size(pictures[first].name, arrays[first].shape[:2], pictures[position].name, array.shape[:2])
     return Decoded(_stack(list(arrays.values())), torch.tensor(list(arrays)), skipped)
 
 
@@ -152,13 +163,21 @@ def check_size(name: str, size: tuple[int, ...], other: str, other_size: tuple[i
     """Refuse two pictures of different size (height, width) that would have to lie in one tensor.
 
     Raises:
-        InputError: Names both.
+        SizesDiffer: Names both.
     """
     if other_size != size:
-        raise InputError(
+        raise SizesDiffer(
             f"images differ in size: {name} is {size[1]}x{size[0]}, {other} is {other_size[1]}x{other_size[0]};"
             " set data.image_size to bring all to one size"
         )
+
+
+def _first_size(pictures: Pictures) -> tuple[str, tuple[int, int]] | None:
+    """Return name, height and width of the first picture whose header can be read."""
+    for position in range(len(pictures)):
+        with suppress(InputError):
+            return pictures[position].name, size_of(pictures[position])
+    return None
 
 
 class _Opened:
@@ -170,6 +189,8 @@ class _Opened:
     def __enter__(self) -> Image.Image:
         content = self.picture.content
         try:
+            if isinstance(content, Path) and content.is_fifo():
+                raise OSError("it is a pipe, no file")  # to open it would wait for ever
             self.image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS)
         except Exception as error:
             self._explain(error)

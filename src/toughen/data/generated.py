@@ -1,5 +1,6 @@
 """Further training images, generated or pseudo-labelled: npz files, which are mapped where possible, or parquet."""
 
+import lzma
 import math
 import struct
 import warnings
@@ -15,15 +16,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from toughen.data.decode import Decoder, decode
+from toughen.data.decode import Decoder, decode, size_of
 from toughen.data.encoded import Blobs, Chosen
 from toughen.data.image_set import ImageSet
 from toughen.data.mapped import cached_copy, fits_memory
 from toughen.data.parquet import read_table
-from toughen.errors import InputError
+from toughen.errors import InputError, first_line
 
+_LONGEST_HEADER = 2**16  # bytes of an array's
 _CHUNK = 4096  # images that are copied at a time
 _PICKLES = (".pickle", ".pkl", ".pt", ".pth")
+
+# what the readers of a damaged archive raise; a header that asks for too much memory among them
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, RuntimeError, MemoryError, OverflowError, TypeError, SyntaxError, KeyError),
+    *(struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, zipfile.LargeZipFile),
+)
 
 Pixels = npt.NDArray[np.uint8]
 Shape = tuple[int, int, int]  # of one image: channels, height, width
@@ -108,12 +116,17 @@ def _npz_part(file: Path, shape: Shape) -> Part:
             member = content.getinfo("image.npy")
             if member.file_size != start + math.prod(image_shape):
                 raise InputError(f"{file}: image has {member.file_size - start} bytes, its shape is {image_shape}")
+            size, most = content.getinfo("label.npy").file_size, 8 * sum(image_shape[:1]) + _LONGEST_HEADER
+            if size > most:  # a small archive can unpack to anything
+                raise InputError(f"{file}: label has {size:,} bytes; for {image_shape} images it has at most {most:,}")
         with np.load(file, allow_pickle=False) as arrays:
             labels = arrays["label"]
-    except (OSError, ValueError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        stored = member.compress_type == zipfile.ZIP_STORED and len(image_shape) == 4 and math.prod(image_shape) > 0
+        mapped = _mapped(file, member, image_shape) if stored else None
+    except _UNREADABLE as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"cannot read {file} as npz: {error}; write it with np.savez") from error
+        raise InputError(f"cannot read {file} as npz: {first_line(error)}; write it with np.savez") from error
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"{file}: label is {labels.dtype} of shape {labels.shape}; it must be a list of integers")
     if len(labels) and labels.max() > np.iinfo(np.int64).max:  # as int64 it would wrap around to an image without one
@@ -123,7 +136,6 @@ def _npz_part(file: Path, shape: Shape) -> Part:
             f"{file}: image has the shape {image_shape}, label {labels.shape}; needed: [N, H, W, C] and [N]"
         )
     _check_shape(file, (image_shape[3], *image_shape[1:3]), shape)
-    mapped = _mapped(file, member, image_shape) if member.compress_type == zipfile.ZIP_STORED else None
     return Part(file, torch.from_numpy(labels.astype(np.int64)), lambda: _npz_chunks(file, image_shape), mapped)
 
 
@@ -156,8 +168,8 @@ def _npz_chunks(file: Path, shape: tuple[int, ...]) -> Iterator[Pixels]:
             for start in range(0, shape[0], _CHUNK):
                 count = min(_CHUNK, shape[0] - start)
                 yield np.frombuffer(stream.read(count * size), np.uint8).reshape(count, *shape[1:])
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read {file} as npz: {error}; get it again") from error
+    except _UNREADABLE as error:
+        raise InputError(f"cannot read {file} as npz: {first_line(error)}; get it again") from error
 
 
 # -- parquet ------------------------------------------------------------------------------------------
@@ -170,6 +182,8 @@ def _parquet_part(file: Path, shape: Shape) -> Part:
 
     def chunks() -> Iterator[Pixels]:
         for rows in torch.split(torch.arange(len(pictures)), _CHUNK):
+            height, width = size_of(pictures[int(rows[0])])  # seen before all of them are decoded
+            _check_shape(file, (shape[0], height, width), shape)
             images = decode(Chosen(pictures, rows), decoder).images
             _check_shape(file, tuple(images.shape[1:]), shape)
             yield images.permute(0, 2, 3, 1).numpy()

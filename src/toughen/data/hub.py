@@ -8,13 +8,16 @@ import glob
 import logging
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from toughen.data.encoded import EncodedRows
 from toughen.data.parquet import TEST_PARTS, choose_parts, read_tables
 from toughen.data.settings import DATASETS, DataSettings, Source
+from toughen.downloads import check_hub_files
 from toughen.errors import InputError
 
 _REVISIONS = ("main", "refs/convert/parquet")  # the card's own files first, then the conversion
@@ -79,8 +82,12 @@ def _download(repository: str, config: str | None, tests: Sequence[str]) -> File
         parts = choose_parts(names, where=repository, config=config, tests=tests)
         if parts is not None:
             wanted = [glob.escape(name) for part in parts for name in part]
+            began = time.time()
             folder = snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=wanted)
-            return _in_folder(folder, parts)
+            files = _in_folder(folder, parts)
+            # not what was checked when it came: that can be 150 GB
+            check_hub_files(file for file in chain(*files) if file.stat().st_mtime >= began - 2)
+            return files
     return None
 
 

@@ -175,7 +175,7 @@ def read_table(file: Path, *, in_memory: bool) -> Table:
             labels = content.read([label_column]).column(0)
             if not pa.types.is_integer(labels.type) or labels.null_count:
                 raise InputError(f"{file}: the column {label_column} must hold integers and no missing values")
-            if in_memory:
+            if in_memory and fits_memory(_unpacked(content)):
                 images = _encoded_bytes(content.read([image_column]).column(0), file, image_column)
             else:
                 images = _mapped(content, file, image_column)
@@ -247,7 +247,12 @@ def _mapped(content: Any, file: Path, name: str) -> MappedColumn:
                 images = _encoded_bytes(batch.column(0), file, name).cast(pa.large_binary())
                 sink.write(pa.record_batch([images], names=["image"]))
 
-    return MappedColumn(cached_copy([file], ".arrow", file.stat().st_size, write))
+    return MappedColumn(cached_copy([file], ".arrow", max(file.stat().st_size, _unpacked(content)), write))
+
+
+def _unpacked(content: Any) -> int:
+    """Return the bytes that the file says it unpacks to, which its size does not tell."""
+    return sum(content.metadata.row_group(number).total_byte_size for number in range(content.num_row_groups))
 
 
 def _names(schema: Any, label_column: str) -> tuple[str, ...]:
@@ -255,7 +260,7 @@ def _names(schema: Any, label_column: str) -> tuple[str, ...]:
     try:
         card = json.loads((schema.metadata or {}).get(b"huggingface", b""))
         return tuple(str(name) for name in card["info"]["features"][label_column]["names"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ()
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from toughen import processes
+from toughen.durable import told
 from toughen.engine import epoch_sums
 from toughen.errors import InputError
 from toughen.run_folder import RunFolder
@@ -71,8 +72,9 @@ def _keep(batch: Batch, file: Path) -> None:
     whole = {name: torch.cat([one[name] for one in everyones]).contiguous() for name in everyones[0]}
 
     def write() -> None:
-        file.parent.mkdir(exist_ok=True)
-        save_file(whole, file)
+        with told(file):
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(save(whole))
 
     processes.by_first(write)
 

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from toughen.engine.recipe import TrainSettings
+from toughen.engine.sharding import is_sharded, load_optimizer
 from toughen.objectives import Live
 
 
 def make_optimizer(live: Live, settings: TrainSettings) -> torch.optim.Optimizer:
     """Make one optimizer over all parameters, whatever is frozen later: a frozen one has no gradient and is skipped.
 
-    It is a fused one, which can be told on the device to leave everything as it is.
+    It is a fused one, which can be told on the device to leave everything as it is, unless the weights are dealt out.
     """
     groups: list[dict[str, Any]] = [{"params": live.parameters()}]
     if settings.norm_decay == "exclude":
@@ -23,15 +24,16 @@ def make_optimizer(live: Live, settings: TrainSettings) -> torch.optim.Optimizer
             {"params": [p for p in live.parameters() if id(p) not in norms]},
             {"params": [p for p in live.parameters() if id(p) in norms], "weight_decay": 0.0},
         ]
+    fused = not is_sharded(live.model)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
     return torch.optim.SGD(
         groups,
         lr=settings.lr,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
-        fused=True,
+        fused=fused,
     )
 
 
@@ -70,7 +72,7 @@ def continue_momentum(
         for number, kept in state["state"].items()
         if (name := names[number]) in place and _fits(kept, parameters[name])
     }
-    optimizer.load_state_dict({"state": momentum, "param_groups": optimizer.state_dict()["param_groups"]})
+    load_optimizer(optimizer, {"state": momentum, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _fits(kept: Mapping[str, Any], parameter: nn.Parameter) -> bool:

@@ -96,6 +96,8 @@ class TrainSettings:
             their gradients are added up. Batch norm in train mode sees a part at a time.
         batch_norm: Where several processes train, whether batch norm in train mode takes its statistics over all
             (``"sync"``, as one process would) or over each one's own images (``"local"``; running ones are averaged).
+        strategy: Where several processes train: each holds everything and exchanges gradients (``"ddp"``), or weights,
+            gradients and momentum are dealt out to them (``"fsdp"``), for networks that don't fit; not all methods can.
         optimizer: ``"sgd"`` with momentum, or ``"adamw"``.
         lr: Initial (cosine, piecewise, auto, constant) or largest (cyclic, onecycle) learning rate.
         momentum: Of SGD.
@@ -131,6 +133,7 @@ class TrainSettings:
     batch_size: int = 128
     accumulate: int = 1
     batch_norm: Literal["sync", "local"] = "sync"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
@@ -169,6 +172,8 @@ class TrainSettings:
                 f"train.schedule=auto looks at every epoch's validation, but validate_every is {self.validate_every};"
                 " set it to 1"
             )
+        if self.compile and self.strategy == "fsdp":
+            raise InputError("train.compile does not go with train.strategy=fsdp; leave one of them out")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise InputError("train.nesterov needs optimizer='sgd' and a momentum above 0")
         if self.seed < 0:
@@ -255,6 +260,12 @@ class Recipe:
                 raise InputError(
                     f"{method.label} does not go with train.accumulate={self.train.accumulate}: it carries a"
                     " perturbation from one use of a batch to the next; set it to 1"
+                )
+            if self.train.strategy == "fsdp" and not method.shards:
+                able = ", ".join(sorted(name for name, kind in METHODS.items() if getattr(kind, "shards", False)))
+                raise InputError(
+                    f"{method.label} does not go with train.strategy=fsdp, which deals the weights out; use ddp, or"
+                    f" methods that can: {able}"
                 )
         for name, branch in self.branches.items():
             self._check_branch(name, branch)

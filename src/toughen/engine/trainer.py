@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterable
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +28,15 @@ from toughen.engine.optim import continue_momentum, make_optimizer, parameter_na
 from toughen.engine.progress import EpochProgress, attack_progress, epoch_line, epoch_progress, epoch_status
 from toughen.engine.provenance import provenance
 from toughen.engine.recipe import Recipe
+from toughen.engine.sharding import deal_out, gather, load_optimizer, sharded, whole
 from toughen.engine.update import Updater
+from toughen.engine.versions import check_optimizer, check_state
 from toughen.engine.wishes import Wishes
 from toughen.errors import InputError, Notice
 from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
 from toughen.layers import compile_forward, synchronise_norms
 from toughen.layers.taps import random_state_kept
-from toughen.objectives import PGDAT
+from toughen.objectives import PGDAT, Live
 from toughen.run_folder import RunFolder
 from toughen.types import Batch
 
@@ -58,6 +61,9 @@ class _Progress:
     flops: float = 0.0
     pgd_at_flops: float = 0.0
     log: list[dict[str, Any]] = field(default_factory=list)
+
+
+_STATE = {*vars(_Progress()), "live", "optimizer", "parameter_names", "training"}  # of a checkpoint
 
 
 class Trainer:
@@ -118,7 +124,9 @@ class Trainer:
             raise InputError(f"branch {self.folder.path} has no checkpoint yet; resume its run: --resume {run.path}")
         if start is not None and not resumed:
             checkpoint.load_training(start.checkpoints / "last", self.model)
-        self.live = recipe.method.bind(self.model, attack=recipe.attack, seed=self.settings.seed)
+        shards = self.settings.strategy == "fsdp" and processes.count() > 1
+        trained = sharded(self.model) if shards else self.model
+        self.live = recipe.method.bind(trained, attack=recipe.attack, seed=self.settings.seed)
         self.optimizer = make_optimizer(self.live, self.settings)
         self._faults = FaultWatch(self.settings.nonfinite, self.folder)
         self._updater = Updater(self.fabric, self.live, self.optimizer, self.settings)
@@ -159,6 +167,16 @@ class Trainer:
         """
         if self.folder.finished:
             return self.folder
+        with ExitStack() as held:
+
+            def lock() -> None:
+                held.enter_context(self.folder.locked())
+
+            processes.by_first(lock)
+            self._fit()
+        return self.folder
+
+    def _fit(self) -> None:
         total = self.recipe.stop_epoch * self.loader.steps_per_epoch
         with (
             self._wishes.heard(),
@@ -190,7 +208,6 @@ class Trainer:
             ).fit()
         facts = {"epochs": self.progress.epoch, "method": self.recipe.method.label, **self.live.facts()}
         processes.by_first(lambda: self.folder.write_finished(facts))
-        return self.folder
 
     def _epoch(self, progress: EpochProgress) -> None:
         now = self.progress
@@ -199,7 +216,7 @@ class Trainer:
             self._epoch_start()
         self._updater.epoch_start()
         self._faults.begin(now.sums, now.step)
-        self.model.train()
+        self.live.model.train()
         for batch in self.loader.epoch(now.epoch, start_step=now.step):
             self._step(batch)
             now.skipped += self.settings.batch_size // processes.count() - len(batch.y)
@@ -229,7 +246,7 @@ class Trainer:
         )
         few = Batch(probe[0].x[:4], probe[0].y[:4], torch.arange(min(4, size), device=self.device))
         if not now.pgd_at_flops:
-            bare = deepcopy(self.live)
+            bare = deepcopy(self._live_in_one_piece())
             bare.release()  # PGD-AT trains the network itself: no adapters, nothing frozen
             now.pgd_at_flops = flops_per_image(PGDAT().bind(bare.model, attack=self.recipe.attack), few)
         selection = self.live.epoch_start(epoch, [(b.x, b.y) for b in probe], optimizer=self.optimizer)
@@ -238,7 +255,15 @@ class Trainer:
             self._write_selection(selection)
         begins = any(getattr(method, "start_epoch", 0) == epoch for method in self.recipe.method.methods)
         if selection is not None or begins or not now.flops:
-            now.flops = flops_per_image(self.live, few)
+            now.flops = flops_per_image(self._live_in_one_piece(), few)
+
+    def _live_in_one_piece(self) -> Live:
+        """The methods as they stand; if the weights are dealt out, on a copy of the network."""
+        if self.live.model is self.model:
+            return self.live
+        twin = self.recipe.method.bind(deepcopy(self.model), attack=self.recipe.attack, seed=self.settings.seed)
+        twin.load_state_dict(self.live.state_dict())
+        return twin
 
     def _write_selection(self, selection: Selection) -> None:
         report = {"epoch": selection.epoch, "selected": selection.layers, **selection.report.to_dict()}
@@ -394,7 +419,7 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         """Clean and robust accuracy on the held-out part of the training data, with the attack of the run."""
         attacks = [EvalAttack("clean", None), EvalAttack("robust", self.recipe.attack)]
-        network = self.live.deployed()
+        network = self._network()
         results = evaluate(network, self._batches(self.data.validation), attacks, seed=self.settings.seed, sanity=False)
         return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
 
@@ -433,16 +458,23 @@ class Trainer:
         return every is not None and self.progress.step % every == 0
 
     def _save(self, name: str) -> None:
-        network = self.live.deployed()
+        network = self._network()
         self._share_progress()
         state = {
             **vars(self.progress),
             "live": self.live.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "parameter_names": parameter_names(self.optimizer, self.live),
             "training": None if network is self.model else self.model.state_dict(),
         }
         processes.by_first(lambda: checkpoint.save(self.folder.checkpoints / name, network, state))
+
+    def _network(self) -> nn.Module:
+        """The network to evaluate and to keep, in one piece."""
+        if self.live.model is self.model:
+            return self.live.deployed()
+        gather(self.live.model, self.model)
+        return self.model
 
     def _share_progress(self) -> None:
         """Let what every process has added up of its own be that of all, as one that resumes will take it."""
@@ -454,8 +486,14 @@ class Trainer:
 
     def _go_on_from(self, name: str) -> None:
         """Take up this run where a checkpoint left it, in the middle of an epoch or between two."""
-        state = checkpoint.load_training(self.folder.checkpoints / name, self.model)
-        self.optimizer.load_state_dict(state["optimizer"])
+        folder = self.folder.checkpoints / name
+        state = checkpoint.load_training(folder, self.model)
+        check_state(state, _STATE, folder=folder)
+        if self.live.model is not self.model:
+            deal_out(self.model, self.live.model)
+        names = parameter_names(self.optimizer, self.live)
+        check_optimizer(self.optimizer, state["optimizer"], state["parameter_names"], names, folder=folder)
+        load_optimizer(self.optimizer, state["optimizer"])
         self.live.load_state_dict(state["live"])
         now = _Progress(**{name: state[name] for name in vars(_Progress())})
         now.sums = {name: value.to(self.device) for name, value in now.sums.items()}

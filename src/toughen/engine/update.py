@@ -1,6 +1,7 @@
 """One update of the weights: a batch in its parts, their gradients added up, and a step only if they are finite."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from lightning_fabric import Fabric
@@ -9,6 +10,7 @@ from torch.nn.utils import get_total_norm
 
 from toughen import processes
 from toughen.engine.recipe import TrainSettings
+from toughen.engine.sharding import is_sharded, whole
 from toughen.objectives import Live
 from toughen.rng import Share, stream_seed
 from toughen.types import Batch
@@ -46,13 +48,15 @@ class Updater:
         self.fabric, self.live, self.optimizer, self.settings = fabric, live, optimizer, settings
         self._wrapped: nn.Module | None = None
         self._trains: tuple[bool, ...] = ()
+        self._is_sharded = is_sharded(live.model)
 
     def epoch_start(self) -> None:
         """Take note of what trains now: DDP exchanges what asked for a gradient when it was made, and nothing else."""
         trains = tuple(parameter.requires_grad for parameter in self.live.parameters())
         if self._wrapped is None or trains != self._trains:
             self._wrapped = None  # two at once would both exchange
-            self._wrapped = self.fabric.setup_module(LossOfBatch(self.live))
+            loss = LossOfBatch(self.live)
+            self._wrapped = loss if self._is_sharded else self.fabric.setup_module(loss)
             self._trains = trains
 
     def update(self, batch: Batch, *place: int) -> dict[str, Tensor]:
@@ -77,7 +81,7 @@ class Updater:
             share = mine.part(number, parts)
             stream = f"forward of part {share.index}" if share.index else "forward"
             torch.manual_seed(stream_seed(self.settings.seed, stream, *place))
-            with self.fabric.no_backward_sync(self._wrapped, enabled=number < parts - 1):  # type: ignore[arg-type]
+            with self._exchanged(if_last=number == parts - 1), self.fabric.autocast():
                 loss, terms = self._wrapped(rows, share.index, share.count)
                 self.fabric.backward(loss / parts)
             for name, value in {"loss": loss.detach(), **terms}.items():
@@ -88,11 +92,15 @@ class Updater:
     def _step(self, statistics: Sequence[Tensor], before: Tensor | None) -> dict[str, Tensor]:
         """Take the optimizer's step, unless the gradient is not finite: decided on the device, which never waits."""
         gradients = [p.grad for p in self.live.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = whole(get_total_norm(gradients))
         spoiled = ~norm.isfinite()
         self._give_momentum()
-        self.optimizer.found_inf = spoiled.float()  # type: ignore[attr-defined]  # as torch's GradScaler says it
-        self.optimizer.step()
+        if self._is_sharded:  # such an optimizer can't be told
+            leave_out = bool(spoiled)
+        else:
+            leave_out, self.optimizer.found_inf = False, spoiled.float()  # type: ignore[attr-defined]  # as GradScaler
+        if not leave_out:
+            self.optimizer.step()
         if before is not None:
             after = processes.packed(statistics)
             if self.settings.batch_norm == "local":
@@ -100,6 +108,12 @@ class Updater:
             processes.unpack(torch.where(spoiled, before, after), statistics)
         self.live.step_end()
         return {"gradient_norm": norm.double(), "spoiled": spoiled.double()}
+
+    def _exchanged(self, *, if_last: bool) -> AbstractContextManager[None]:
+        """Let DDP exchange gradients once, after the last part of a batch."""
+        if self._is_sharded:
+            return nullcontext()
+        return self.fabric.no_backward_sync(self._wrapped, enabled=not if_last)  # type: ignore[arg-type]
 
     def _statistics(self) -> list[Tensor]:
         """What forward passes change beside the weights, such as batch norm's running statistics."""

@@ -14,9 +14,10 @@ from torch import nn
 
 from toughen import processes
 from toughen.data import Images
+from toughen.durable import read_text, sealed, told, unsealed, write_text
 from toughen.errors import InputError
 from toughen.evaluation.outcomes import EvalResult
-from toughen.run_folder import file_name, write_text
+from toughen.run_folder import file_name
 
 _SECONDS = 10.0  # between two writes of an unfinished attack: a SIGKILL loses no more
 
@@ -58,8 +59,10 @@ class Journal:
         if not file.is_file():
             return (None,)
         try:
-            found = EvalResult.from_dict(json.loads(file.read_text()))
-        except (ValueError, KeyError, TypeError) as error:
+            found = EvalResult.from_dict(unsealed(read_text(file), file))
+        except InputError as error:
+            raise InputError(f"{error}; delete it to measure {empty.attack} anew") from None
+        except (KeyError, TypeError) as error:
             raise InputError(f"{file} is damaged ({error}); delete it to measure {empty.attack} anew") from None
         if _identity(found) != _identity(empty) or (found.complete and self.again):
             return (None,)
@@ -75,13 +78,9 @@ class Journal:
         Raises:
             InputError: It can't be written.
         """
-        try:
+        with told(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self._file(result.attack), json.dumps(result.to_dict()) + "\n")
-        except OSError as error:
-            raise InputError(
-                f"can't keep results in {self.folder}: {error.strerror}; choose another folder with --out"
-            ) from None
+        write_text(self._file(result.attack), sealed(result.to_dict()) + "\n")
         self._written = time.monotonic()
 
     def _file(self, attack: str) -> Path:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -71,6 +70,8 @@ def synchronise_norms(model: nn.Module) -> None:
     On a CPU exactly torch's own classes do: a subclass may do more in its forward, and keeps statistics of its own.
     """
     if next(model.parameters()).device.type == "cuda":
+        from timm.layers.norm_act import convert_sync_batchnorm
+
         convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # knows timm's own norms too
         return
     for module in list(model.modules()):

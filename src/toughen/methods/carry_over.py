@@ -56,6 +56,7 @@ class CarryOver(Wrapper):
     """
 
     label: ClassVar[str] = "ATTA"
+    shards: ClassVar[bool] = True
     shapes_step: ClassVar[bool] = True
     needs_source: ClassVar[bool] = True
     conflicts: ClassVar[Mapping[str, str]] = {

@@ -14,11 +14,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from toughen.downloads import check_hub_files
 from toughen.errors import InputError, first_line, unknown
 from toughen.models.weights import Classifier, fit_weights
 from toughen.registry import imported
 
 Statistics = tuple[Sequence[float], Sequence[float]]
+
+_HASHED = re.compile(r"-[0-9a-f]{8,}\.[^/]*$")  # an address whose file is called by the start of its SHA-256
 
 IMAGENET: Statistics = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -91,10 +94,22 @@ def _build_timm(name: str, wanted: Wanted) -> Foreign:
     facts = timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict()  # type: ignore[union-attr]
     if wanted.pretrained and not (facts["hf_hub_id"] or facts["url"]):
         raise InputError(f"timm/{name} has no published weights; leave pretrained out, or give weights=FILE")
+    timm.models.set_pretrained_check_hash(bool(_HASHED.search(facts["url"] or "")))
     network = _timm_network(f"timm/{name}", name, wanted, facts, {"pretrained": wanted.pretrained})
+    if wanted.pretrained and facts["hf_hub_id"]:
+        _check_cached(facts["hf_hub_id"])
     if wanted.pretrained and wanted.classifier == "new":
         network.reset_classifier(wanted.num_classes)  # timm itself does so only for another number of classes
     return Foreign(network, (facts["mean"], facts["std"]))
+
+
+def _check_cached(repository: str) -> None:
+    """Compare the weights that timm has just loaded from the hub with the checksum that the hub gives."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "pytorch_model.bin")
+    found = [try_to_load_from_cache(repository.partition("@")[0], file) for file in files]
+    check_hub_files(Path(path) for path in found if isinstance(path, str))
 
 
 def _timm_network(spec: str, name: str, wanted: Wanted, facts: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
@@ -167,7 +182,7 @@ def _build_hub(name: str, wanted: Wanted) -> Foreign:
 def _hub_config(name: str) -> dict[str, Any]:
     try:
         config = json.loads(_hub_file(name, "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         config = None
@@ -175,6 +190,7 @@ def _hub_config(name: str) -> dict[str, Any]:
         isinstance(config, dict)
         and isinstance(config.get("architecture"), str)
         and all(isinstance(config.get(part, {}), dict) for part in ("pretrained_cfg", "model_args"))
+        and all(_are_numbers(config.get("pretrained_cfg", config).get(part, ())) for part in ("mean", "std"))
     ):
         raise InputError(
             f"hub/{name} has no config.json in timm's form; a model of the hub must be one that timm saved"
@@ -183,12 +199,18 @@ def _hub_config(name: str) -> dict[str, Any]:
     return config
 
 
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(type(number) in (int, float) for number in value)
+
+
 def _hub_file(name: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = name.partition("@")
     with _fetching(f"hub/{name}"):
-        return Path(hf_hub_download(repository, file, revision=revision or None))
+        path = Path(hf_hub_download(repository, file, revision=revision or None))
+        check_hub_files([path])
+        return path
 
 
 # -- the user's functions -------------------------------------------------------------------------
@@ -238,18 +260,18 @@ def _build_function(spec: str, wanted: Wanted) -> Foreign:
 def _building(spec: str, asked: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever a network says to arguments of anybody's config.json
         told = ", ".join(f"{key}={value}" for key, value in asked.items())
         raise InputError(f"{spec} cannot be built with {told}: {first_line(error)}") from error
 
 
 @contextmanager
 def _fetching(spec: str) -> Iterator[None]:
-    from huggingface_hub.errors import EntryNotFoundError
-
     try:
         yield
-    except (OSError, RuntimeError, EntryNotFoundError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # the network's, the hub's, or of the reader of a damaged file
         raise InputError(
             f"the published weights of {spec} cannot be had ({first_line(error)}); without a network give weights=FILE"
         ) from error

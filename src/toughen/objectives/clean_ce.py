@@ -19,6 +19,7 @@ class CleanCE(Objective):
     """E CE(F(x), y): no attack at all."""
 
     label: ClassVar[str] = "clean"
+    shards: ClassVar[bool] = True
 
     def perturb(
         self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator

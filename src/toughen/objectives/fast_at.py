@@ -35,6 +35,7 @@ class FastAT(Objective):
     """
 
     label: ClassVar[str] = "Fast-AT"
+    shards: ClassVar[bool] = True
 
     step: float = 1.25
     start: Literal["uniform", "zero"] = "uniform"

@@ -38,6 +38,7 @@ class MART(Objective):
     """
 
     label: ClassVar[str] = "MART"
+    shards: ClassVar[bool] = True
 
     beta: float = 5.0
     start: Start = "gaussian"

@@ -29,6 +29,7 @@ class Method:
         needs_source: Whether batches must tell where augmentation moved each pixel from (``Batch.source``).
         needs_extra: Whether it makes no sense without extra images (``data.extra``).
         takes_parts: Whether a batch may come in parts whose gradients are added up.
+        shards: Whether it trains a model whose weights are dealt out to several processes.
     """
 
     label: ClassVar[str]
@@ -39,6 +40,7 @@ class Method:
     needs_source: ClassVar[bool] = False
     needs_extra: ClassVar[bool] = False
     takes_parts: ClassVar[bool] = True
+    shards: ClassVar[bool] = False
 
     def check_stack(self, methods: Sequence["Method"]) -> None:
         """Refuse settings that contradict those of the other methods in a stack.

@@ -1,6 +1,7 @@
 """PGD adversarial training (Madry et al. 2018): cross-entropy on the worst images that PGD finds."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ class PGDAT(Objective):
     Raises:
         InputError: A setting is out of its range.
     """
+
+    shards: ClassVar[bool] = True
 
     label_smoothing: float = 0.0
 

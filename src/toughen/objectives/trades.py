@@ -43,6 +43,7 @@ class TRADES(Objective):
     """
 
     reads_unlabelled: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     beta: float = 6.0
     label_smoothing: float = 0.0

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from toughen.errors import one_line
 from toughen.run_folder import RunFolder
 from toughen.statistics import wilson_interval
 
@@ -26,7 +27,7 @@ def plot_training(run: RunFolder, file: Path) -> None:
         epochs = [row["epoch"] for row in rows]
         for kind, style in (("clean", "--"), ("robust", "-")):
             values = [100 * row["validation"][kind] for row in rows]
-            axes.plot(epochs, values, style, color=f"C{number}", label=f"{name}, {kind}")
+            axes.plot(epochs, values, style, color=f"C{number}", label=_literal(f"{name}, {kind}"))
     axes.set(xlabel="epoch", ylabel="validation accuracy (%); robust: training attack")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
@@ -46,7 +47,7 @@ def plot_criticality(run: RunFolder, file: Path) -> None:
             if name in layers:
                 axes.plot(column, layers.index(name), marker="o", color="red", markersize=9, fillstyle="none")
     axes.set_xticks(range(len(reports)), [str(epoch) for epoch in reports])
-    axes.set_yticks(range(len(layers)), [f"{name}  {index}" for index, name in enumerate(layers)], fontsize=8)
+    axes.set_yticks(range(len(layers)), [_literal(f"{name}  {index}") for index, name in enumerate(layers)], fontsize=8)
     axes.set(xlabel="epochs done at the selection", title="criticality index (Eq. 3); red: selected")
     figure.colorbar(image, ax=axes)
     figure.savefig(file, dpi=120)
@@ -59,7 +60,7 @@ def plot_report(report: Mapping[str, Any], file: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, rows, "criticality", "criticality index (Eq. 3)")
     _bars(right, rows, "shape_ratio", "shapes alone: N(i-1) / N(i)")
-    left.set_yticks(range(len(rows)), [f"{row['name']}  {row['index']}" for row in rows], fontsize=8)
+    left.set_yticks(range(len(rows)), [_literal(f"{row['name']}  {row['index']}") for row in rows], fontsize=8)
     left.invert_yaxis()
     figure.savefig(file, dpi=120)
 
@@ -84,11 +85,11 @@ def plot_strength(points: Mapping[str, tuple[float, int]], key: str, file: Path)
             row = (float(Fraction(value)), 100 * accuracy, 100 * below, 100 * above)
             curves.setdefault(base, []).append(row)
         else:
-            axes.axhline(100 * accuracy, linestyle="--", color="grey", label=name)
+            axes.axhline(100 * accuracy, linestyle="--", color="grey", label=_literal(name))
     for base, rows in curves.items():
         values, accuracies, *errors = zip(*sorted(rows), strict=True)
-        axes.errorbar(values, accuracies, yerr=errors, marker="o", capsize=3, label=base)
-    axes.set(xlabel=key, ylabel="accuracy (%), with 95 % intervals", ylim=(0, 100))
+        axes.errorbar(values, accuracies, yerr=errors, marker="o", capsize=3, label=_literal(base))
+    axes.set(xlabel=_literal(key), ylabel="accuracy (%), with 95 % intervals", ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=120)
@@ -96,8 +97,8 @@ def plot_strength(points: Mapping[str, tuple[float, int]], key: str, file: Path)
 
 def plot_transfer(matrices: Sequence[Mapping[str, Any]], file: Path) -> None:
     """Draw transfer matrices side by side: rows attack, columns are attacked (Tables 3 and 4)."""
-    names = matrices[0]["names"]
-    size = 2.5 + 0.9 * len(names)
+    labels = [_literal(name) for name in matrices[0]["names"]]
+    size = 2.5 + 0.9 * len(labels)
     figure = Figure(figsize=(size * len(matrices), size), layout="constrained")
     for axes, matrix in zip(figure.subplots(1, len(matrices), squeeze=False)[0], matrices, strict=True):
         image = axes.imshow(100 * np.array(matrix["accuracy"]), vmin=0, vmax=100, cmap="viridis")
@@ -105,11 +106,18 @@ def plot_transfer(matrices: Sequence[Mapping[str, Any]], file: Path) -> None:
             for j, value in enumerate(row):
                 color = "black" if value > 0.5 else "white"
                 axes.text(j, i, f"{100 * value:.1f}", ha="center", va="center", color=color)
-        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_yticks(range(len(names)), names)
-        axes.set(xlabel="shown to", ylabel="made on", title=f"{matrix['attack']}: accuracy (%), n = {matrix['n']}")
+        axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set(
+            xlabel="shown to", ylabel="made on", title=f"{_literal(matrix['attack'])}: accuracy (%), n = {matrix['n']}"
+        )
         figure.colorbar(image, ax=axes, shrink=0.8)
     figure.savefig(file, dpi=120)
+
+
+def _literal(name: str) -> str:
+    """Return a label that shows a name as it is: between dollars, matplotlib would read a formula."""
+    return one_line(name).replace("$", r"\$")
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]], key: str, title: str) -> None:

@@ -3,12 +3,13 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from toughen.report.network import Checkpoint, Network
+from toughen.report.network import Checkpoint, Network, checked_config
 from toughen.run_folder import RunFolder
 from toughen.statistics import Interval, SeedSummary, over_seeds, wilson_interval
 
@@ -89,17 +90,21 @@ def collect(runs: Sequence[RunFolder], *, seeds: Literal["folded", "each"]) -> t
     Raises:
         InputError: A run has no evaluation yet, or a file is damaged.
     """
-    repeated = Counter(_name(run) for run in runs)
-    names = {run: _name(run) if repeated[_name(run)] == 1 else str(run.path) for run in runs}
+    for run in runs:
+        checked_config(run)
     groups = _same_recipe(runs) if seeds == "folded" else [[run] for run in runs]
-    return tuple(_family(_common_name([names[run] for run in group]), group) for group in groups)
+    short = [_common_name([_name(run) for run in group]) for group in groups]
+    long = [_common_name([str(run.path) for run in group]) for group in groups]
+    repeated = Counter(short)
+    names = [name if repeated[name] == 1 else path for name, path in zip(short, long, strict=True)]
+    return tuple(_family(name, group) for name, group in zip(names, groups, strict=True))
 
 
 def _same_recipe(runs: Sequence[RunFolder]) -> list[list[RunFolder]]:
     """Runs of one recipe together, at the place of the first; apart where a seed occurs twice."""
     groups: dict[str, dict[int, list[RunFolder]]] = {}
     for run in runs:
-        config = run.config()
+        config = checked_config(run)
         seed = (config.get("train") or {}).pop("seed", 0)
         groups.setdefault(json.dumps(config, sort_keys=True), {}).setdefault(seed, []).append(run)
     found: list[list[RunFolder]] = []
@@ -121,7 +126,9 @@ def _family(name: str, runs: Sequence[RunFolder]) -> Family:
 
 
 def _name(run: RunFolder) -> str:
-    return run.path.name or str(run.path)
+    """The folder's; of those that a sweep calls by their seed, the folder's above, which says what the run is."""
+    path = run.path.parent if re.fullmatch(r"seed-\d+", run.path.name) else run.path
+    return path.name or str(run.path)
 
 
 def _common_name(names: Sequence[str]) -> str:

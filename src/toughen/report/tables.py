@@ -5,6 +5,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from toughen.errors import one_line
 from toughen.report.comparison import Comparison, Contrast, Difference
 from toughen.report.rows import Row
 from toughen.statistics import CONFIDENCE, Interval
@@ -29,11 +30,11 @@ def accuracy_table(comparison: Comparison) -> Table:
     table = _table(title, _accuracy_caption(comparison))
     table.add_column("method", min_width=9)
     for column in ("epochs", *_headings(comparison), "trained", "s/epoch", "FLOPs"):
-        table.add_column(escape(column), justify="right")
+        table.add_column(_shown(column), justify="right")
     for row in comparison.rows:
         accuracies = [_accuracy(row, attack) for attack in comparison.attacks]
         costs = f"{100 * row.trained:.1f} %", f"{row.seconds:.2f}", f"{row.flops:.2f}"
-        table.add_row(*map(escape, (_title(row), row.method, _epochs(row), *accuracies, *costs)))
+        table.add_row(*map(_shown, (_title(row), row.method, _epochs(row), *accuracies, *costs)))
     return table
 
 
@@ -44,18 +45,23 @@ def difference_table(comparison: Comparison) -> Table:
     table.add_column("against", no_wrap=True)
     table.add_column("paired by")
     for column in _headings(comparison):
-        table.add_column(escape(column), justify="right")
+        table.add_column(_shown(column), justify="right")
     for difference in comparison.differences:
         cells = [_contrast(difference.attacks.get(attack)) for attack in comparison.attacks]
         names = difference.row.name, difference.against.name
-        table.add_row(*map(escape, (*names, _pairing(difference), *cells)))
+        table.add_row(*map(_shown, (*names, _pairing(difference), *cells)))
     return table
 
 
 def _table(title: str, caption: str) -> Table:
-    table = Table(title=title, caption=escape(caption), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, caption=_shown(caption), caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", no_wrap=True)
     return table
+
+
+def _shown(text: str) -> str:
+    """Return a cell that shows a text as it is: names of a run folder may hold markup and escape sequences."""
+    return escape(one_line(text))
 
 
 def _title(row: Row) -> str:

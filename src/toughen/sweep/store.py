@@ -1,0 +1,166 @@
+"""The folder of a sweep: its run folders, and ``sweep.json``, which says what each was for and how far it came."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from toughen.config import recipe_of
+from toughen.durable import read_text, sealed, unsealed, write_text
+from toughen.errors import InputError
+from toughen.lock import locked
+from toughen.run_folder import RunFolder
+from toughen.sweep.grid import Run, Sweep
+
+State = Literal["waiting", "running", "finished", "failed", "stopped"]
+STORE, RECIPE, OUTPUT, FINISHED = "sweep.json", "recipe.yaml", "output.log", "finished.json"
+
+
+def train_words(folder: str) -> tuple[str, ...]:
+    """Return the words behind ``toughen`` that begin a run which is laid out."""
+    return ("train", f"{folder}/{RECIPE}", "--out", folder)
+
+
+def resume_words(folder: str) -> tuple[str, ...]:
+    """Return the words that go on with it."""
+    return ("train", "--resume", folder)
+
+
+@dataclass
+class Progress:
+    """How far one run of a sweep came.
+
+    Attributes:
+        run: Which.
+        folder: Its run folder.
+        state: ``"failed"`` has a message; ``"stopped"`` goes on with the next call.
+        attempts: Times that it was started by this call of the sweep.
+        message: What ended it, in one line.
+    """
+
+    run: Run
+    folder: RunFolder
+    state: State = "waiting"
+    attempts: int = 0
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    """The folder of a sweep: ``sweep.json`` and ``NAME/seed-N``, run folders with a ``recipe.yaml`` each."""
+
+    path: Path
+
+    def lay_out(self, sweep: Sweep) -> list[Progress]:
+        """Write down what is to be run, and find what is done already.
+
+        Raises:
+            InputError: A run was begun here with other settings, or a file can't be written.
+        """
+        if "=" in str(self.path):
+            raise InputError(
+                f"{self.path} holds '=', which `toughen train` takes for an override; choose another --out"
+            )
+        found = [Progress(run, RunFolder(self.path / run.name)) for run in sweep.runs]
+        for one in found:
+            _check_same(one, allow_code=sweep.allow_code)
+            one.state = "finished" if one.folder.finished else "waiting"
+        for one in found:
+            _make(one.folder.path)
+            write_text(one.folder.path / RECIPE, yaml.safe_dump(one.run.document, sort_keys=False))
+        self.write(sweep, found)
+        return found
+
+    def write(self, sweep: Sweep, runs: Sequence[Progress]) -> None:
+        """Write ``sweep.json``."""
+        content = {
+            "name": sweep.name,
+            "file": sweep.file,
+            "resources": {"cpus": sweep.resources.cpus, "gpus": sweep.resources.gpus},
+            "retries": sweep.retries,
+            "runs": [
+                {
+                    "folder": one.run.name,
+                    "seed": one.run.seed,
+                    "changes": dict(one.run.changes),
+                    "state": one.state,
+                    "attempts": one.attempts,
+                    "message": one.message,
+                    "recipe": one.run.document,
+                }
+                for one in runs
+            ],
+        }
+        write_text(self.path / STORE, sealed(content, indent=1) + "\n")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process works on this sweep; what a killed one left behind does not count.
+
+        Raises:
+            InputError: One does, or the folder can't be written to.
+        """
+        _make(self.path)
+        with locked(self.path / ".lock", what=f"sweep {self.path}"):
+            yield
+
+
+def finished_runs(path: Path) -> tuple[list[RunFolder], list[str]] | None:
+    """Read which runs of a sweep are finished, and the names of the others; None where ``path`` is no sweep's folder.
+
+    Raises:
+        InputError: Its ``sweep.json`` is damaged, or none of its runs is finished.
+    """
+    file = path / STORE
+    if not file.is_file():
+        return None
+    names = [str(entry["folder"]) for entry in _entries(file)]
+    if outside := [name for name in names if not _inside(name)]:
+        raise InputError(f"{file} is damaged: {outside[0]!r} is no folder in it")
+    folders = {name: RunFolder(path / name) for name in names}
+    finished = [folder for folder in folders.values() if folder.finished]
+    if not finished:
+        raise InputError(f"sweep {path} has no finished run yet; go on with the `toughen sweep` command that began it")
+    return finished, [name for name, folder in folders.items() if not folder.finished]
+
+
+def _entries(file: Path) -> list[dict[str, Any]]:
+    entries = unsealed(read_text(file), file).get("runs")
+    if isinstance(entries, list) and all(isinstance(e, dict) and isinstance(e.get("folder"), str) for e in entries):
+        return entries
+    raise InputError(f"{file} is damaged: it holds no runs; write it anew with the `toughen sweep` command")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"sweep folder {folder} can't be made: {error.strerror}; choose another --out") from None
+
+
+def _inside(name: str) -> bool:
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
+def _check_same(one: Progress, *, allow_code: Sequence[str]) -> None:
+    """Refuse to go on with a run folder that was begun with other settings."""
+    if not one.folder.config_file.exists():
+        return
+    begun, wanted = recipe_of(one.folder, allow_code=allow_code).document(), one.run.document
+    for section in (wanted.keys() | begun.keys()) - {"description"}:
+        if begun.get(section) != wanted.get(section):
+            raise InputError(
+                f"run {one.folder.path} was begun with another {section} than the sweep has now"
+                f" ({_unlike(begun.get(section), wanted.get(section))}); choose another --out, or change it back"
+            )
+
+
+def _unlike(begun: Any, wanted: Any) -> str:
+    """Say where two sections differ first."""
+    if isinstance(begun, dict) and isinstance(wanted, dict):
+        key = next(key for key in {**begun, **wanted} if begun.get(key) != wanted.get(key))
+        return f"{key} {_unlike(begun.get(key), wanted.get(key))}"
+    return f"{begun} before, {wanted} now"
