@@ -158,6 +158,25 @@ def test_sigterm_stops_after_the_step_under_way_and_resuming_ends_the_same(
     assert outcome(resume(tmp_path / "run")) == outcome(run)
 
 
+def test_sigusr1_writes_a_checkpoint_after_the_step_under_way_and_goes_on(tmp_path: Path) -> None:
+    sections = {**CLEAN, "train": {"epochs": 2}}
+    run, total = num_forwards(tmp_path / "whole", **sections)
+    wanted, steps = recipe(**sections), []
+
+    def ask(number: int) -> None:
+        if number == total // 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    trainer = Trainer(wanted, out=tmp_path / "run", model=counted(wanted, ask))
+    save = trainer._state.save
+    trainer._state.save = lambda name: (steps.append(trainer.progress.step), save(name))  # type: ignore[assignment]
+    trainer.fit()
+
+    [inside] = [step for step in steps if step]
+    assert 0 < inside < 3
+    assert outcome(RunFolder(tmp_path / "run")) == outcome(run)
+
+
 def test_a_stop_while_the_method_chooses_after_the_last_epoch_is_no_less_heard(tmp_path: Path, monkeypatch) -> None:
     run = train(tmp_path / "whole")
 

@@ -1,5 +1,6 @@
 """What goes wrong with numbers while a network trains: gradients that are not finite, robustness that collapses."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +78,20 @@ def _keep(batch: Batch, file: Path) -> None:
             file.write_bytes(save(whole))
 
     processes.by_first(write)
+
+
+def check_finite(means: Mapping[str, float], *, epoch: int, run: RunFolder) -> None:
+    """Refuse to go on with a loss that is not a number.
+
+    Raises:
+        InputError: Names the terms.
+    """
+    if not all(math.isfinite(value) for value in means.values()):
+        terms = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+        raise InputError(
+            f"the loss is not finite in epoch {epoch + 1} ({terms}); lower train.lr. "
+            f"The checkpoint from before is kept in {run.checkpoints}"
+        )
 
 
 def collapse(log: Sequence[Mapping[str, Any]], row: Mapping[str, Any], *, max_drop: float | None) -> str | None:

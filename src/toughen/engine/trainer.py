@@ -1,17 +1,15 @@
 """The training loop: one run from its first epoch, or from a checkpoint, to its evaluation and its branches."""
 
-import math
 import time
 import warnings
 from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from toughen import data as datasets
 from toughen import models, processes
@@ -19,18 +17,17 @@ from toughen.criticality.selection import Selection
 from toughen.data import DataSplits, Images
 from toughen.engine import checkpoint, epoch_sums
 from toughen.engine.auto_rate import halvings
-from toughen.engine.branch import continue_methods
 from toughen.engine.build import check_methods, create_model, training_loader
-from toughen.engine.device import check_compiler, make_fabric, pick_precision
-from toughen.engine.faults import LOOK_EVERY, FaultWatch, collapse
+from toughen.engine.device import check_compiler, make_fabric
+from toughen.engine.faults import LOOK_EVERY, FaultWatch, check_finite, collapse
 from toughen.engine.flops import flops_per_image
-from toughen.engine.optim import continue_momentum, make_optimizer, parameter_names
+from toughen.engine.open_run import create_run, open_run
+from toughen.engine.optim import make_optimizer
 from toughen.engine.progress import EpochProgress, attack_progress, epoch_line, epoch_progress, epoch_status
-from toughen.engine.provenance import provenance
 from toughen.engine.recipe import Recipe
-from toughen.engine.sharding import deal_out, gather, load_optimizer, sharded, whole
+from toughen.engine.run_state import Progress, RunState
+from toughen.engine.sharding import sharded
 from toughen.engine.update import Updater
-from toughen.engine.versions import check_optimizer, check_state
 from toughen.engine.wishes import Wishes
 from toughen.errors import InputError, Notice
 from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
@@ -43,27 +40,6 @@ from toughen.types import Batch
 
 class Interrupted(Exception):
     """The run was asked to stop (Ctrl-C, SIGTERM) and has written its checkpoint."""
-
-
-@dataclass
-class _Progress:
-    """Where a run is, and what the epoch under way has added up: all that a resume needs beside the live objects."""
-
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    best: float = -1.0
-    best_epoch: int = 0
-    collapsed: bool = False
-    past: list[float] = field(default_factory=list)  # what the automatic schedule of a branch knows from its run
-    flops: float = 0.0
-    pgd_at_flops: float = 0.0
-    log: list[dict[str, Any]] = field(default_factory=list)
-
-
-_STATE = {*vars(_Progress()), "live", "optimizer", "parameter_names", "training"}  # of a checkpoint
 
 
 class Trainer:
@@ -116,9 +92,10 @@ class Trainer:
         self.loader = training_loader(recipe, self.data, self.device)
         check_methods(recipe, self.model, self.data)
         self.show_progress = show_progress
-        self.progress = _Progress()
         self._wishes = Wishes()
-        self.folder = processes.by_first(lambda: self._open(out) if resume else self._create(out))
+        self.folder = processes.by_first(
+            lambda: open_run(out, self.data) if resume else create_run(out, recipe, self.data, self.device)
+        )
         resumed = processes.by_first(lambda: checkpoint.exists(self.folder.checkpoints / "last"))
         if resume and not resumed and start is None and (run := self.folder.parent_run) is not None:
             raise InputError(f"branch {self.folder.path} has no checkpoint yet; resume its run: --resume {run.path}")
@@ -130,28 +107,16 @@ class Trainer:
         self.optimizer = make_optimizer(self.live, self.settings)
         self._faults = FaultWatch(self.settings.nonfinite, self.folder)
         self._updater = Updater(self.fabric, self.live, self.optimizer, self.settings)
+        self._state = RunState(self.model, self.live, self.optimizer, self.folder)
         if resumed:
-            self._go_on_from("last")
+            self._state.go_on_from("last")
         elif start is not None:
-            self._continue_from(start)
+            self._state.continue_from(start, recipe)
 
-    def _open(self, out: Path | str | None) -> RunFolder:
-        folder = RunFolder.open(Path(out or ""))
-        began = folder.provenance().get("images")
-        if began is not None and began != self.data.identity():
-            raise InputError(
-                f"run {folder.path} began on other images ({began['name']}, {began['counts'][0]} for training)"
-                f" than these ({self.data.name}, {len(self.data.train)}); if they were your own, go on in Python:"
-                " Trainer(recipe, data=..., resume=True)"
-            )
-        return folder
-
-    def _create(self, out: Path | str | None) -> RunFolder:
-        recipe = self.recipe
-        folder = Path(out) if out else RunFolder.free(f"{recipe.model.name}-{recipe.data.name}")
-        facts = provenance(seed=self.settings.seed, device=self.device, precision=pick_precision(self.settings))
-        facts |= {"processes": processes.count(), "images": self.data.identity()}
-        return RunFolder.create(folder, recipe.document(), facts)
+    @property
+    def progress(self) -> Progress:
+        """Where the run is."""
+        return self._state.progress
 
     # -- the run ----------------------------------------------------------------------------------
 
@@ -229,7 +194,7 @@ class Trainer:
             if save:
                 self._means()  # weights that a loss without a number has spoiled are not saved
                 now.seconds = time.perf_counter() - started
-                self._save("last")
+                self._state.save("last")
             if self._wishes.stop:
                 raise Interrupted
         if self.device.type == "cuda":
@@ -341,13 +306,13 @@ class Trainer:
             now.best, now.best_epoch = row["validation"]["robust"], now.epoch
         # in this order, a kill between two of them is made good when the epoch is repeated
         if better:
-            self._save("best")
+            self._state.save("best")
         if self.settings.schedule == "auto" and now.epoch in self._halvings():
-            self._take_up_best()
+            self._state.take_up_best()
         processes.by_first(lambda: self.folder.write_log(now.log))
         if self.settings.max_drop is not None and "validation" in row:
-            self._save("validated")
-        self._save("last")
+            self._state.save("validated")
+        self._state.save("last")
         progress.say(epoch_line(self.folder.path.name, row), status=epoch_status(now.log))
         self._stop_if_asked()
 
@@ -356,22 +321,15 @@ class Trainer:
         if self._wishes.stop:
             raise Interrupted
 
-    def _take_up_best(self) -> None:
-        """Go on from the best weights so far, with fresh random draws."""
-        calls = self.live.calls
-        state = checkpoint.load_training(self.folder.checkpoints / "best", self.model)
-        self.live.load_state_dict(state["live"])
-        self.live.calls = calls
-
     def _stop_collapsed(self, row: dict[str, Any], progress: EpochProgress) -> None:
         """End the run as it was at the validation before; the log tells what was seen."""
         row["ended"] = f"robust validation accuracy fell by more than train.max_drop={self.settings.max_drop:g}"
         processes.by_first(lambda: self.folder.write_log([*self.progress.log, row]))
         # not "last": that may be from inside this epoch, or from one that was not validated
-        self._go_on_from("validated")
+        self._state.go_on_from("validated")
         now = self.progress
         now.collapsed = True
-        self._save("last")
+        self._state.save("last")
         progress.say(epoch_line(self.folder.path.name, row), status=epoch_status([row]))
         progress.say(
             f"{self.folder.path.name}: {row['ended']} in epoch {row['epoch']}: catastrophic overfitting; "
@@ -383,7 +341,7 @@ class Trainer:
         """Let the method choose on held-out images, and keep the network that it then means."""
         self.live.finish((batch.x, batch.y) for batch in self._batches(self.data.validation))
         if self.live.deployed() is not self.model:
-            self._save("last")
+            self._state.save("last")
 
     def _title(self) -> str:
         return f"{self.folder.path.name}: {self.recipe.method.label}"
@@ -392,12 +350,7 @@ class Trainer:
         """The mean of each loss term over the steps of this epoch so far; refuses to go on if one is not finite."""
         now = self.progress
         means = epoch_sums.means(now.sums, steps=now.step, replays=self.live.replays)
-        if not all(math.isfinite(value) for value in means.values()):
-            terms = ", ".join(f"{name} {value:.3g}" for name, value in means.items())
-            raise InputError(
-                f"the loss is not finite in epoch {now.epoch + 1} ({terms}); lower train.lr. "
-                f"The checkpoint from before is kept in {self.folder.checkpoints}"
-            )
+        check_finite(means, epoch=now.epoch, run=self.folder)
         return means
 
     def _look_for_faults(self) -> None:
@@ -419,7 +372,7 @@ class Trainer:
     def _validate(self) -> dict[str, Any]:
         """Clean and robust accuracy on the held-out part of the training data, with the attack of the run."""
         attacks = [EvalAttack("clean", None), EvalAttack("robust", self.recipe.attack)]
-        network = self._network()
+        network = self._state.network()
         results = evaluate(network, self._batches(self.data.validation), attacks, seed=self.settings.seed, sanity=False)
         return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
 
@@ -456,59 +409,3 @@ class Trainer:
     def _checkpoint_due(self) -> bool:
         every = self.settings.checkpoint_steps
         return every is not None and self.progress.step % every == 0
-
-    def _save(self, name: str) -> None:
-        network = self._network()
-        self._share_progress()
-        state = {
-            **vars(self.progress),
-            "live": self.live.state_dict(),
-            "optimizer": whole(self.optimizer.state_dict()),
-            "parameter_names": parameter_names(self.optimizer, self.live),
-            "training": None if network is self.model else self.model.state_dict(),
-        }
-        processes.by_first(lambda: checkpoint.save(self.folder.checkpoints / name, network, state))
-
-    def _network(self) -> nn.Module:
-        """The network to evaluate and to keep, in one piece."""
-        if self.live.model is self.model:
-            return self.live.deployed()
-        gather(self.live.model, self.model)
-        return self.model
-
-    def _share_progress(self) -> None:
-        """Let what every process has added up of its own be that of all, as one that resumes will take it."""
-        now = self.progress
-        if processes.count() > 1:
-            now.sums = epoch_sums.of_all(now.sums)
-            skipped = round(processes.count() * processes.mean(now.skipped))
-            now.skipped = skipped if processes.rank() == 0 else 0
-
-    def _go_on_from(self, name: str) -> None:
-        """Take up this run where a checkpoint left it, in the middle of an epoch or between two."""
-        folder = self.folder.checkpoints / name
-        state = checkpoint.load_training(folder, self.model)
-        check_state(state, _STATE, folder=folder)
-        if self.live.model is not self.model:
-            deal_out(self.model, self.live.model)
-        names = parameter_names(self.optimizer, self.live)
-        check_optimizer(self.optimizer, state["optimizer"], state["parameter_names"], names, folder=folder)
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.live.load_state_dict(state["live"])
-        now = _Progress(**{name: state[name] for name in vars(_Progress())})
-        now.sums = {name: value.to(self.device) for name, value in now.sums.items()}
-        now.skipped = now.skipped if processes.rank() == 0 else 0
-        self.progress = now
-
-    def _continue_from(self, start: RunFolder) -> None:
-        """Begin as a branch: weights, momentum, epoch, random streams of a run; the state of the methods they share."""
-        state = checkpoint.read_state(start.checkpoints / "last")
-        config, methods = start.config(), self.recipe.document()["method"]
-        if methods[: len(config["method"])] == config["method"]:
-            checkpoint.take_training(state, self.model)  # once more: adapters of the run are attached only now
-        continue_methods(self.live, state["live"], run=config["method"], branch=methods)
-        continue_momentum(self.optimizer, self.live, state["optimizer"], state["parameter_names"])
-        self.live.calls = state["live"]["calls"]
-        self.progress = _Progress(epoch=state["epoch"], best_epoch=state["epoch"])
-        if self.settings.schedule == "auto" == config["train"]["schedule"]:
-            self.progress.past = [*state["past"], *(row["validation"]["robust"] for row in state["log"])]

@@ -1,0 +1,42 @@
+"""How a run gets its folder: a new one, or the one that it began in, on the same images."""
+
+from pathlib import Path
+
+import torch
+
+from toughen import processes
+from toughen.data import DataSplits
+from toughen.engine.device import pick_precision
+from toughen.engine.provenance import provenance
+from toughen.engine.recipe import Recipe
+from toughen.errors import InputError
+from toughen.run_folder import RunFolder
+
+
+def create_run(out: Path | str | None, recipe: Recipe, data: DataSplits, device: torch.device) -> RunFolder:
+    """Make the folder of a new run, with where it comes from.
+
+    Raises:
+        InputError: It can't be written to, or holds a run already.
+    """
+    folder = Path(out) if out else RunFolder.free(f"{recipe.model.name}-{recipe.data.name}")
+    facts = provenance(seed=recipe.train.seed, device=device, precision=pick_precision(recipe.train))
+    facts |= {"processes": processes.count(), "images": data.identity()}
+    return RunFolder.create(folder, recipe.document(), facts)
+
+
+def open_run(out: Path | str | None, data: DataSplits) -> RunFolder:
+    """Open the folder of a run that is to go on.
+
+    Raises:
+        InputError: It is none, or it began on other images.
+    """
+    folder = RunFolder.open(Path(out or ""))
+    began = folder.provenance().get("images")
+    if began is not None and began != data.identity():
+        raise InputError(
+            f"run {folder.path} began on other images ({began['name']}, {began['counts'][0]} for training)"
+            f" than these ({data.name}, {len(data.train)}); if they were your own, go on in Python:"
+            " Trainer(recipe, data=..., resume=True)"
+        )
+    return folder
