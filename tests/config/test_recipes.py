@@ -107,6 +107,7 @@ def test_an_override_makes_a_section_that_is_not_there():
         ("train.epochs.more=1", r"train\.epochs is 60, which has no keys"),
         ("train.epoch=1", r"unknown key in train: 'epoch'; did you mean 'epochs'\?"),
         ("trainer.epochs=1", r"unknown recipe key 'trainer'; did you mean 'train'\?"),
+        ("clat.k=3", r"unknown recipe key .clat.*clat is a method: .* its entry in the list, method\.N\.SETTING"),
         ("data.augmnt=none", r"unknown key in data: 'augmnt'; did you mean 'augment'\?"),
         ("attack.stps=3", r"unknown key in attack pgd: 'stps'; did you mean 'steps'\?"),
         ("method.0.k=3", r"unknown key in method\.0 pgd-at: 'k'"),

@@ -14,7 +14,7 @@ from toughen import Trainer, data
 from toughen.config import resolve
 from toughen.data import DataSettings, DataSplits, ImageSet
 from toughen.engine import checkpoint, create_model
-from toughen.errors import InputError
+from toughen.errors import InputError, Notice
 from toughen.evaluation import EvalAttack, evaluate
 from toughen.run_folder import RunFolder
 
@@ -394,3 +394,8 @@ def test_without_the_compiler_that_torch_would_call_it_is_told_before_training(t
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"train\.compile needs a C\+\+ compiler .* finds no no-such-compiler"):
         train(tmp_path, train={"compile": True})
+
+
+def test_a_recording_that_can_not_be_made_is_told(tmp_path):
+    with pytest.warns(Notice, match=r"attack\.cuda_graph changes nothing on a CPU"):
+        train(tmp_path / "run", attack={"cuda_graph": True}, train={"epochs": 1})

@@ -145,7 +145,9 @@ def resolve(document: Mapping[str, Any], *, code: Permission | None = None) -> R
     """
     for key in document:
         if key not in REQUIRED + OPTIONAL:
-            raise unknown("recipe key", str(key), REQUIRED + OPTIONAL)
+            place = f"{key} is a method: its settings are those of its entry in the list, method.N.SETTING"
+            hint = place if key in METHODS else ""
+            raise unknown("recipe key", str(key), REQUIRED + OPTIONAL, hint=hint)
     if missing := [key for key in REQUIRED if key not in document]:
         raise InputError(f"the recipe lacks {', '.join(missing)}; required are {', '.join(REQUIRED)}")
     threat = build(ThreatModel, document["threat"], path="threat")

@@ -25,6 +25,8 @@ def check_methods(recipe: Recipe, model: nn.Module, data: DataSplits) -> None:
     for member in (recipe, *recipe.branches.values()):
         _check_extra(member.method, data)
         _tell_what_never_begins(member)
+        if member.attack.cuda_graph and not str(device).startswith("cuda"):
+            warnings.warn("attack.cuda_graph changes nothing on a CPU", Notice, stacklevel=2)
         training_loader(member, data, device)
         # on a copy: binding may attach adapters
         member.method.bind(deepcopy(model), attack=member.attack, seed=member.train.seed).check(x)
