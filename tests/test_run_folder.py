@@ -257,3 +257,15 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 def test_a_folder_that_vanished_cannot_be_locked(tmp_path):
     with pytest.raises(InputError, match=r"can't write .*\.lock: No such file"), RunFolder(tmp_path / "gone").locked():
         pass
+
+
+def test_a_disk_that_turned_read_only_does_not_hide_what_happened_under_the_lock(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with pytest.raises(InputError, match="the checkpoint from before is intact"), RunFolder(tmp_path).locked():
+        monkeypatch.setattr(Path, "unlink", refuse)
+        raise InputError("can't write; the checkpoint from before is intact")
+    monkeypatch.undo()
+    with RunFolder(tmp_path).locked():  # what was left behind locks nobody out
+        pass
