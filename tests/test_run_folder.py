@@ -263,8 +263,8 @@ def test_a_disk_that_turned_read_only_does_not_hide_what_happened_under_the_lock
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
+    monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(InputError, match="the checkpoint from before is intact"), RunFolder(tmp_path).locked():
-        monkeypatch.setattr(Path, "unlink", refuse)
         raise InputError("can't write; the checkpoint from before is intact")
     monkeypatch.undo()
     with RunFolder(tmp_path).locked():  # what was left behind locks nobody out

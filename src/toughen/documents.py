@@ -25,8 +25,8 @@ def parse_yaml(text: str, *, what: str) -> Any:
         what: What it is, for messages, for example ``"recipe digits"``.
 
     Raises:
-        InputError: It is no YAML, it asks for other things than plain values, a mapping has a key twice, or it is larger
-            than any recipe: a MiB of text, 100,000 values, 50 levels, or a whole number of more than 64 bits.
+        InputError: It is no YAML, it asks for other things than plain values, a mapping has a key twice, or it is
+            larger than any recipe: a MiB of text, 100,000 values, 50 levels, or a whole number of more than 64 bits.
     """
     if len(text) > _MOST_LETTERS:
         raise InputError(f"{what} has {len(text):,} letters; at most {_MOST_LETTERS:,} are read")

@@ -76,8 +76,15 @@ def test_what_is_stored_of_a_run_resolves_to_the_same_run(tmp_path: Path) -> Non
         assert resolve(run.document) == run.recipe
 
 
-def test_another_network_comes_with_its_own_width(tmp_path: Path) -> None:
-    [run] = read_sweep(str(write(tmp_path, grid={"model.name": ["preact_resnet18"]}))).runs
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"recipe": "digits", "grid": {"model.name": ["preact_resnet18"]}},
+        {"recipe": {"extends": "digits", "model": {"name": "preact_resnet18"}}},
+    ],
+)
+def test_another_network_comes_with_its_own_width(tmp_path: Path, keys: dict[str, Any]) -> None:
+    [run] = read_sweep(str(write(tmp_path, **keys))).runs
 
     assert run.document["model"]["width"] is None
 

@@ -12,7 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from toughen.config import Permission, build, read_document, resolve
+from toughen.config import Permission, build, extended, resolve, set_keys
 from toughen.config.code import VARIABLE
 from toughen.documents import parse_yaml
 from toughen.engine import Recipe
@@ -148,8 +148,9 @@ class _Content:
                 if value in values[:number]:
                     raise InputError(f"grid.{key} lists {value!r} twice; the runs would be duplicates: list it once")
 
-    def seeds_over(self, base: Mapping[str, Any]) -> list[int | None]:
-        """The seeds; without any, that of the recipe (None)."""
+    @property
+    def all_seeds(self) -> list[int | None]:
+        """The seeds, one by one; without any, that of the recipe (None)."""
         if self.seeds is None:
             return [None]
         return [*range(self.seeds)] if isinstance(self.seeds, int) else [*self.seeds]
@@ -166,18 +167,19 @@ def read_sweep(name: str, *, allow_code: Sequence[str] = ()) -> Sweep:
     Raises:
         InputError: There is no such file, a key or a value of it is wrong, or two of its runs are the same.
     """
-    document, folder = _read(name)
+    document = _read(name)
     try:
         content = build(_Content, document, path="sweep")
         rows = list(_rows(content))
-        base = _base(content.recipe, folder)
+        sections = {"extends": content.recipe} if isinstance(content.recipe, str) else content.recipe
+        base = extended(sections, source=name)
     except InputError as error:
         raise InputError(f"sweep {name}: {error}") from None
     title = content.name or file_name(Path(name).stem)
     code = Permission.of_user(f"sweep {name}", allow_code)
     runs: list[Run] = []
     for row, changes in rows:
-        for seed in content.seeds_over(base):
+        for seed in content.all_seeds:
             runs.append(_run(base, row or title, changes, seed, code=code, sweep=name))
     _refuse_duplicates(runs, sweep=name)
     return Sweep(title, name, tuple(runs), content.resources, content.retries, tuple(allow_code))
@@ -192,8 +194,8 @@ def sweep_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _shelf().iterdir() if entry.name.endswith(".yaml"))
 
 
-def _read(name: str) -> tuple[dict[str, Any], Path]:
-    """The file as plain values, and the folder that paths of recipes in it start from."""
+def _read(name: str) -> dict[str, Any]:
+    """The file as plain values."""
     file: Path | Traversable = Path(name)
     if name in sweep_names():
         file = _shelf() / f"{name}.yaml"
@@ -207,24 +209,7 @@ def _read(name: str) -> tuple[dict[str, Any], Path]:
         raise InputError(f"sweep file {name} is not a text file that can be read: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"sweep file {name} must be a mapping with the keys recipe, grid, runs, seeds")
-    return document, Path(name).parent
-
-
-def _base(recipe: str | dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The recipe that all runs start from, as plain values."""
-    if isinstance(recipe, str):
-        named = recipe.endswith((".yaml", ".yml"))
-        return read_document(str(folder / recipe) if named else recipe)
-    sections = copy.deepcopy(recipe)
-    if "extends" not in sections:
-        return sections
-    below = sections.pop("extends")
-    if not isinstance(below, str):
-        raise InputError(f"recipe.extends is {below!r}; it must be the name of a recipe or a .yaml file")
-    base = _base(below, folder)
-    for key, value in _flat(sections):
-        _place(base, key, value)
-    return base
+    return document
 
 
 def _rows(content: _Content) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -263,15 +248,9 @@ def _run(
     sweep: str,
 ) -> Run:
     document = copy.deepcopy(dict(base))
-    model = document.get("model")
-    if "model.name" in changes and "model.width" not in changes and isinstance(model, dict):
-        model.pop("width", None)  # as on the command line: it was the width of the recipe's own network
     name = row if seed is None else f"{row}/seed-{seed}"
     try:
-        for key, value in changes.items():
-            _place(document, key, value)
-        if seed is not None:
-            _place(document, "train.seed", seed)
+        set_keys(document, changes.items() if seed is None else [*changes.items(), ("train.seed", seed)])
         recipe = resolve(document, code=code)
     except InputError as error:
         given = ", ".join(f"{key}={value}" for key, value in changes.items())
@@ -298,24 +277,6 @@ def _flat(sections: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{path}.")
         else:
             yield path, value
-
-
-def _place(document: dict[str, Any], path: str, value: Any) -> None:
-    """Set what a dotted key names; list items are addressed by number."""
-    *parents, last = path.split(".")
-    place: Any = document
-    for depth, key in enumerate(parents):
-        here = ".".join(parents[: depth + 1])
-        place = place[_position(place, key, here)] if isinstance(place, list) else place.setdefault(key, {})
-        if not isinstance(place, dict | list):
-            raise InputError(f"{path}: {here} is {place!r}, which has no keys")
-    place[_position(place, last, path) if isinstance(place, list) else last] = copy.deepcopy(value)
-
-
-def _position(place: list[Any], key: str, path: str) -> int:
-    if not key.isdecimal() or int(key) >= len(place):
-        raise InputError(f"{path}: {key!r} is not a position in a list of {len(place)}; use 0 to {len(place) - 1}")
-    return int(key)
 
 
 def _names_a_folder(name: str) -> bool:
