@@ -86,6 +86,18 @@ def test_words_that_do_not_go_together_are_refused_in_one_line(toughen, grid, wo
     assert expected in said.err
 
 
+def test_a_folder_is_told_as_it_is_called(toughen, grid):
+    said = toughen("sweep", "grid.yaml", "--out", "lr [bold] [/]", "--slurm", "a file.sbatch")
+
+    assert said.err == "2 runs in lr [bold] [/]; submit them with: sbatch 'a file.sbatch'\n"
+
+
+def test_a_file_whose_name_leads_out_of_the_folder_of_runs_needs_another_one(toughen, grid):
+    grid.rename("...yaml")
+
+    assert "its own name '..' names a folder" in toughen("sweep", "...yaml", "--dry-run").err
+
+
 def test_a_cuda_run_without_gpus_is_refused(toughen, grid):
     grid.write_text(yaml.safe_dump({"recipe": document(train={"device": "cuda"})}))
 

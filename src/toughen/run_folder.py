@@ -115,9 +115,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def finished_file(self) -> Path:
+        """What is there once the run, its evaluations and its branches are complete."""
+        return self.path / "finished.json"
+
+    @property
     def finished(self) -> bool:
         """Whether the run, its evaluations and its branches are complete."""
-        return (self.path / "finished.json").exists()
+        return self.finished_file.exists()
 
     def config(self) -> dict[str, Any]:
         """Read the resolved recipe.
@@ -208,7 +213,7 @@ class RunFolder:
         Raises:
             InputError: It can't be written.
         """
-        write_text(self.path / "finished.json", sealed(summary, indent=1) + "\n")
+        write_text(self.finished_file, sealed(summary, indent=1) + "\n")
 
     def branches(self) -> Iterator["RunFolder"]:
         """Iterate over the runs that continue this one, in the order of the recipe."""

@@ -20,7 +20,7 @@ from toughen.errors import InputError, unknown
 from toughen.run_folder import file_name
 from toughen.sweep.naming import short_keys, value_names
 
-_LONGEST = 200  # characters of the name of a folder
+_LONGEST = 200  # bytes of the name of a folder; file systems take 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +133,11 @@ class _Content:
             not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds)
         ):
             raise InputError(f"seeds is {self.seeds}; list whole numbers >= 0, each once, such as [0, 1, 2]")
-        if self.name is not None and not _names_a_folder(self.name):
-            raise InputError(f"name {self.name!r} names a folder: use letters, digits, '-', '_', '+' and '.'")
+        if self.name is not None:
+            _check_folder_name("name", self.name)
         taken: dict[str, str] = {}
         for name in self.runs:
-            if not _names_a_folder(name):
-                raise InputError(f"run name {name!r} names a folder: use letters, digits, '-', '_', '+' and '.'")
+            _check_folder_name("run name", name)
             if (twin := taken.setdefault(name.casefold(), name)) != name:
                 raise InputError(f"run names {twin!r} and {name!r} are one folder on some file systems; rename one")
         for key, values in self.grid.items():
@@ -173,9 +172,10 @@ def read_sweep(name: str, *, allow_code: Sequence[str] = ()) -> Sweep:
         rows = list(_rows(content))
         sections = {"extends": content.recipe} if isinstance(content.recipe, str) else content.recipe
         base = extended(sections, source=name)
+        title = content.name or file_name(Path(name).stem)
+        _check_folder_name("without the key name, its own name", title)
     except InputError as error:
         raise InputError(f"sweep {name}: {error}") from None
-    title = content.name or file_name(Path(name).stem)
     code = Permission.of_user(f"sweep {name}", allow_code)
     runs: list[Run] = []
     for row, changes in rows:
@@ -219,23 +219,32 @@ def _rows(content: _Content) -> Iterator[tuple[str, dict[str, Any]]]:
     names = {key: value_names(short[key], content.grid[key]) for key in differing}
     choices = [list(enumerate(values)) for values in content.grid.values()]
     for run, overrides in (content.runs or {"": None}).items():
-        own = dict(_flat(overrides or {}))
+        own = list(_flat(overrides or {}))
         for chosen in itertools.product(*choices):
             picked = dict(zip(content.grid, chosen, strict=True))
-            grid = dict(_flat({key: value for key, (_, value) in picked.items()}))
-            for key in (*own, *grid):
-                if key == "train.seed":
-                    raise InputError("train.seed is no setting of a grid; list the seeds under the key seeds")
-            if both := sorted(own.keys() & grid.keys()):
-                raise InputError(f"run {run!r} sets {both[0]}, which the grid sets too; leave it out of one of them")
+            changes = [*own, *(pair for key, (_, value) in picked.items() for pair in _flat({key: value}))]
+            _refuse_overwritten([key for key, _ in changes], run=run)
             parts = [run] if run else []
             name = ",".join([*parts, *(names[key][picked[key][0]] for key in differing)])
-            if len(name) > _LONGEST:
+            if _size(name) > _LONGEST:
                 raise InputError(
-                    f"a run would be named {name[:40]}... ({len(name)} characters, at most {_LONGEST}); name the rows"
+                    f"a run would be named {name[:40]}... ({_size(name)} bytes, at most {_LONGEST}); name the rows"
                     " yourself, with the key runs in place of grid"
                 )
-            yield name, {**own, **grid}
+            yield name, dict(changes)
+
+
+def _refuse_overwritten(keys: Sequence[str], *, run: str) -> None:
+    """Refuse a run that would be called by a setting which a later one replaces."""
+    for number, key in enumerate(keys):
+        if key == "train.seed":
+            raise InputError("train.seed is no setting of a grid; list the seeds under the key seeds")
+        for before in keys[:number]:
+            if before == key or before.startswith(f"{key}."):
+                raise InputError(
+                    f"{f'run {run!r}' if run else 'the grid'} sets {before} and then {key}, which leaves nothing of it;"
+                    " leave out one of them"
+                )
 
 
 def _run(
@@ -279,11 +288,14 @@ def _flat(sections: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield path, value
 
 
-def _names_a_folder(name: str) -> bool:
-    return (
-        bool(name)
-        and name == file_name(name)
-        and "=" not in name
-        and not name.startswith((".", "-"))
-        and len(name) <= _LONGEST
-    )
+def _check_folder_name(what: str, name: str) -> None:
+    # no "=", since `toughen train` takes a word with one for an override
+    if not name or name != file_name(name) or "=" in name or name.startswith((".", "-")) or _size(name) > _LONGEST:
+        raise InputError(
+            f"{what} {name!r} names a folder: use letters, digits, '-', '_', '+' and '.', at most {_LONGEST} bytes, and"
+            " begin with none of '-' and '.'"
+        )
+
+
+def _size(name: str) -> int:
+    return len(name.encode())

@@ -16,7 +16,7 @@ from toughen.run_folder import RunFolder
 from toughen.sweep.grid import Run, Sweep
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
-STORE, RECIPE, OUTPUT, FINISHED = "sweep.json", "recipe.yaml", "output.log", "finished.json"
+STORE, RECIPE, OUTPUT = "sweep.json", "recipe.yaml", "output.log"
 
 
 def train_words(folder: str) -> tuple[str, ...]:
