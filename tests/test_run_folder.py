@@ -107,7 +107,11 @@ def test_a_recipe_that_lost_its_end_is_refused(tmp_path, kept):
         RunFolder.open(run.path)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: 2026-99-99", b"[" * 5000, b"a: [", b"1"], ids=range(5))
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", b"a: 2026-99-99", b"[" * 5000, b"a: [", b"1", b"a: 2026-01-01", b"2026-01-01: 1\na: 2"],
+    ids=range(7),
+)
 def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path, content):
     run = created(tmp_path)
     (run.path / "provenance.json").unlink()

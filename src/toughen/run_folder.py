@@ -135,7 +135,7 @@ class RunFolder:
             content = parse_yaml(text, what="its text")
         except InputError as error:
             raise InputError(f"{self.config_file} is damaged: {error}") from None
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not _plain(content):
             raise InputError(f"{self.config_file} is damaged: it holds no recipe")
         return content
 
@@ -242,14 +242,22 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", text)
 
 
+def _plain(config: Mapping[str, Any]) -> bool:
+    """Whether JSON knows all of its values, as it does those of every recipe: YAML also has dates and bytes."""
+    try:
+        json.dumps(config, sort_keys=True)
+    except TypeError:
+        return False
+    return True
+
+
 def _readable(config: Mapping[str, Any]) -> bool:
     """Whether a recipe has what is read of it without resolving it: to compare runs, and to find branches."""
     try:
-        json.dumps(config, sort_keys=True)
         names = (config["data"]["name"], config["threat"]["norm"])
         numbers = (config["threat"]["eps"], config["train"]["seed"])
         samples = config["evaluate"]["samples"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError):
         return False
     return (
         all(isinstance(name, str) for name in names)

@@ -120,11 +120,10 @@ def finished_runs(path: Path) -> tuple[list[RunFolder], list[str]] | None:
     names = [str(entry["folder"]) for entry in _entries(file)]
     if outside := [name for name in names if not _inside(name)]:
         raise InputError(f"{file} is damaged: {outside[0]!r} is no folder in it")
-    folders = {name: RunFolder(path / name) for name in names}
-    finished = [folder for folder in folders.values() if folder.finished]
+    finished = [name for name in names if RunFolder(path / name).finished]
     if not finished:
         raise InputError(f"sweep {path} has no finished run yet; go on with the `toughen sweep` command that began it")
-    return finished, [name for name, folder in folders.items() if not folder.finished]
+    return [RunFolder.open(path / name) for name in finished], [name for name in names if name not in finished]
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
