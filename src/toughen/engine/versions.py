@@ -32,7 +32,7 @@ def migrated(state: dict[str, Any], *, folder: Path) -> dict[str, Any]:
         )
     if number == 2 and not state.get("step"):
         return {**state, "format": FORMAT, "sums": {}}  # an epoch begins with none
-    if number == 2 and "updates left out" in state["sums"]:
+    if number == 2 and "updates left out" in state.get("sums", {}):
         return {**state, "format": FORMAT}
     return state
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from toughen.config import Permission, build, extended, resolve, set_keys
-from toughen.config.code import VARIABLE
+from toughen.config.code import VARIABLE, allowed_everywhere
 from toughen.documents import parse_yaml
 from toughen.engine import Recipe
 from toughen.errors import InputError, unknown
@@ -104,11 +103,11 @@ class Sweep:
     @property
     def environment(self) -> dict[str, str]:
         """Variables for the processes of its runs."""
-        allowed = [*self.allow_code, *os.environ.get(VARIABLE, "").split(",")]
+        allowed = [*self.allow_code, *allowed_everywhere()]
         return {
             "OMP_NUM_THREADS": str(self.resources.threads),
             **({} if self.resources.gpus else {"CUDA_VISIBLE_DEVICES": ""}),
-            **({VARIABLE: ",".join(filter(None, allowed))} if any(allowed) else {}),
+            **({VARIABLE: ",".join(allowed)} if allowed else {}),
         }
 
 
