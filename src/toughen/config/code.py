@@ -37,6 +37,8 @@ class Permission:
             InputError: It names code; how to allow it.
         """
         package = spec.partition(":")[0].partition(".")[0]
+        if ":" in spec and not package.isidentifier():
+            raise InputError(f"{self.source} names {spec!r}, which is not of the form package.module:name")
         if ":" in spec and package not in self.packages:
             raise InputError(
                 f"{self.source} names code that is not toughen's, {spec!r}, and to import it is to run it; if you trust"

@@ -18,7 +18,7 @@ from toughen.config.dotted import set_keys
 from toughen.data import AUGMENTS, DataSettings
 from toughen.documents import parse_yaml
 from toughen.engine import EvaluateSettings, MixtureSettings, ModelSettings, Recipe, TrainSettings
-from toughen.engine.checkpoint import WEIGHTS
+from toughen.engine.checkpoint import whole_weights
 from toughen.errors import InputError, unknown
 from toughen.methods import Stack, Wrapper, stack
 from toughen.objectives import METHODS, Objective
@@ -187,8 +187,8 @@ def network_of(path: str, *, allow_code: Iterable[str] = ()) -> ModelSettings:
         allow_code: As for ``load_recipe``.
 
     Raises:
-        InputError: There is no such run, it has no such checkpoint yet, it trained a mixture, or its network is code of
-            a package that was not allowed.
+        InputError: There is no such run, it has no such checkpoint yet or a damaged one, it trained a mixture, or its
+            network is code of a package that was not allowed.
     """
     place = Path(path).expanduser()
     checkpoint = place if place.parent.name == "checkpoints" else place / "checkpoints" / "last"
@@ -196,9 +196,7 @@ def network_of(path: str, *, allow_code: Iterable[str] = ()) -> ModelSettings:
     settings = _model(RunFolder.open(checkpoint.parent.parent).config().get("model"), code)
     if isinstance(settings, MixtureSettings):
         raise InputError(f"run {path} trained a mixture, which is not mixed again; give one of its two networks")
-    weights = checkpoint / WEIGHTS
-    if not weights.is_file():
-        raise InputError(f"run {path} has no {weights.name} in {weights.parent}; has it finished an epoch yet?")
+    weights = whole_weights(checkpoint)
     return replace(settings, weights=str(weights.absolute()), pretrained=False, classifier="loaded")
 
 
