@@ -139,6 +139,25 @@ def test_a_run_is_that_of_train_to_the_bit_and_the_sweep_may_grow(toughen, grid,
     assert "fast/seed-0 was begun with another train" in changed.err
 
 
+def test_a_run_that_is_called_otherwise_since_the_file_was_changed_is_not_trained_twice(toughen, grid):
+    content = {"recipe": document(), "grid": {"train.lr": [0.05]}}
+    grid.write_text(yaml.safe_dump(content))
+    assert toughen("sweep", "grid.yaml", "--slurm", "grid.sbatch").status == 0
+    old, new = Path("runs/grid/grid/seed-0"), Path("runs/grid/lr-0.05/seed-0")
+    (old / "recipe.yaml").rename(old / "config.yaml")
+    grid.write_text(yaml.safe_dump({**content, "grid": {"train.lr": [0.05, 0.1]}}))
+
+    said = toughen("sweep", "grid.yaml", "--slurm", "grid.sbatch")
+
+    assert said.status == 2
+    assert f"run {old} is called lr-0.05/seed-0 since the file of the sweep was changed; move its folder to {new}" in (
+        said.err
+    )
+    new.parent.mkdir()
+    old.rename(new)
+    assert toughen("sweep", "grid.yaml", "--slurm", "grid.sbatch").status == 0
+
+
 def test_an_unfinished_sweep_has_nothing_to_compare(toughen, grid):
     assert toughen("sweep", "grid.yaml", "--slurm", "grid.sbatch").status == 0
 
