@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def _train_here(options: argparse.Namespace) -> None:
     try:
         run = trainer.fit()
     except (Interrupted, KeyboardInterrupt):
-        raise Interrupted(f"Continue with: toughen train --resume {trainer.folder.path}") from None
+        raise Interrupted(f"Continue with: toughen train --resume {shlex.quote(str(trainer.folder.path))}") from None
     if processes.rank() == 0:
         _show(run)
 
