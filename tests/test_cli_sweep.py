@@ -86,6 +86,18 @@ def test_words_that_do_not_go_together_are_refused_in_one_line(toughen, grid, wo
     assert expected in said.err
 
 
+def test_a_folder_is_told_as_it_is_called(toughen, grid):
+    said = toughen("sweep", "grid.yaml", "--out", "lr [bold] [/]", "--slurm", "a file.sbatch")
+
+    assert said.err == "2 runs in lr [bold] [/]; submit them with: sbatch 'a file.sbatch'\n"
+
+
+def test_a_file_whose_name_leads_out_of_the_folder_of_runs_needs_another_one(toughen, grid):
+    grid.rename("...yaml")
+
+    assert "its own name '..' names a folder" in toughen("sweep", "...yaml", "--dry-run").err
+
+
 def test_a_cuda_run_without_gpus_is_refused(toughen, grid):
     grid.write_text(yaml.safe_dump({"recipe": document(train={"device": "cuda"})}))
 
@@ -125,6 +137,25 @@ def test_a_run_is_that_of_train_to_the_bit_and_the_sweep_may_grow(toughen, grid,
     changed = toughen("sweep", "grid.yaml")
     assert changed.status == 2
     assert "fast/seed-0 was begun with another train" in changed.err
+
+
+def test_a_run_that_is_called_otherwise_since_the_file_was_changed_is_not_trained_twice(toughen, grid):
+    content = {"recipe": document(), "grid": {"train.lr": [0.05]}}
+    grid.write_text(yaml.safe_dump(content))
+    assert toughen("sweep", "grid.yaml", "--slurm", "grid.sbatch").status == 0
+    old, new = Path("runs/grid/grid/seed-0"), Path("runs/grid/lr-0.05/seed-0")
+    (old / "recipe.yaml").rename(old / "config.yaml")
+    grid.write_text(yaml.safe_dump({**content, "grid": {"train.lr": [0.05, 0.1]}}))
+
+    said = toughen("sweep", "grid.yaml", "--slurm", "grid.sbatch")
+
+    assert said.status == 2
+    assert f"run {old} is called lr-0.05/seed-0 since the file of the sweep was changed; move its folder to {new}" in (
+        said.err
+    )
+    new.parent.mkdir()
+    old.rename(new)
+    assert toughen("sweep", "grid.yaml", "--slurm", "grid.sbatch").status == 0
 
 
 def test_an_unfinished_sweep_has_nothing_to_compare(toughen, grid):

@@ -19,6 +19,8 @@ def test_plain_values_and_aliases_are_read() -> None:
         "again": {"lr": 0.1, "steps": [1, 2]},
     }
     assert parse_yaml("", what="recipe a") is None
+    merged = "a: {in: &in {<<: &low {lr: 1}, lr: 2}}\nb: {<<: *in}\n"  # a merged key may be set once more
+    assert parse_yaml(merged, what="recipe a") == {"a": {"in": {"lr": 2}}, "b": {"lr": 2}}
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,7 @@ def test_plain_values_and_aliases_are_read() -> None:
         ("a: !!timestamp word", "recipe a holds a value that is not of its kind"),
         ("a: !!python/object/apply:os.system [ls]", "recipe a is not valid YAML: could not determine a constructor"),
         ("a: [", "recipe a is not valid YAML"),
+        ("runs:\n  a: {lr: 1}\n  a: {lr: 2}\n", "recipe a has the key 'a' twice in one mapping; rename or drop one"),
         ("{[1]: 2}", "recipe a is not valid YAML: .* found unhashable key"),
     ],
     ids=lambda value: value[:20],

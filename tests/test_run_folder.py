@@ -107,7 +107,11 @@ def test_a_recipe_that_lost_its_end_is_refused(tmp_path, kept):
         RunFolder.open(run.path)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: 2026-99-99", b"[" * 5000, b"a: [", b"1"], ids=range(5))
+@pytest.mark.parametrize(
+    "content",
+    [b"\xff\xfe", b"a: 2026-99-99", b"[" * 5000, b"a: [", b"1", b"a: 2026-01-01", b"2026-01-01: 1\na: 2"],
+    ids=range(7),
+)
 def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path, content):
     run = created(tmp_path)
     (run.path / "provenance.json").unlink()
@@ -256,4 +260,16 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 
 def test_a_folder_that_vanished_cannot_be_locked(tmp_path):
     with pytest.raises(InputError, match=r"can't write .*\.lock: No such file"), RunFolder(tmp_path / "gone").locked():
+        pass
+
+
+def test_a_disk_that_turned_read_only_does_not_hide_what_happened_under_the_lock(tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(InputError, match="the checkpoint from before is intact"), RunFolder(tmp_path).locked():
+        raise InputError("can't write; the checkpoint from before is intact")
+    monkeypatch.undo()
+    with RunFolder(tmp_path).locked():  # what was left behind locks nobody out
         pass

@@ -1,5 +1,6 @@
 """Plain values from YAML of anybody's: no code, no bombs, no surprises. Knows nothing of what the values mean."""
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -24,8 +25,8 @@ def parse_yaml(text: str, *, what: str) -> Any:
         what: What it is, for messages, for example ``"recipe digits"``.
 
     Raises:
-        InputError: It is no YAML, it asks for other things than plain values, or it is larger than any recipe: a MiB of
-            text, 100,000 values, 50 levels, or a whole number of more than 64 bits.
+        InputError: It is no YAML, it asks for other things than plain values, a mapping has a key twice, or it is
+            larger than any recipe: a MiB of text, 100,000 values, 50 levels, or a whole number of more than 64 bits.
     """
     if len(text) > _MOST_LETTERS:
         raise InputError(f"{what} has {len(text):,} letters; at most {_MOST_LETTERS:,} are read")
@@ -59,6 +60,15 @@ class _Bounded(yaml.SafeLoader):
             raise InputError(f"{self.what} nests more than {_DEEPEST} levels")
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # PyYAML would take the last of two equal keys, and lose what the first one says
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for (_, key), times in keys.items():
+            if times > 1:
+                raise InputError(f"{self.what} has the key {key!r} twice in one mapping; rename or drop one of them")
         return node
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:

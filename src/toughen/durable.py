@@ -63,11 +63,11 @@ def write_text(file: Path, text: str) -> None:
         draft.replace(file)
         sync_folder(file.parent)
     except OSError as error:
-        remove_draft(draft)
+        discard(draft)
         raise refusal(file, error, kept="what it held is intact" if file.exists() else "") from None
 
 
-def remove_draft(file: Path) -> None:
+def discard(file: Path) -> None:
     """Remove a file that nobody needs, where that is possible: on a disk that failed it may not be."""
     try:
         file.unlink(missing_ok=True)

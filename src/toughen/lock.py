@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from toughen.durable import refusal
+from toughen.durable import discard, refusal
 from toughen.errors import InputError, Notice
 
 if sys.platform != "win32":
@@ -36,7 +36,7 @@ def locked(file: Path, *, what: str) -> Iterator[None]:
     finally:
         # while it is still locked: later it could be the file of somebody else
         if _names(file, stream):
-            file.unlink(missing_ok=True)
+            discard(file)
         stream.close()
 
 
@@ -84,7 +84,7 @@ def _sign(stream: IO[str], file: Path) -> None:
         stream.write(f"{os.getpid()} {socket.gethostname()}\n")
         stream.flush()
     except OSError as error:
-        file.unlink(missing_ok=True)
+        discard(file)
         raise refusal(file, error) from None
 
 

@@ -115,9 +115,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def finished_file(self) -> Path:
+        """What is there once the run, its evaluations and its branches are complete."""
+        return self.path / "finished.json"
+
+    @property
     def finished(self) -> bool:
         """Whether the run, its evaluations and its branches are complete."""
-        return (self.path / "finished.json").exists()
+        return self.finished_file.exists()
 
     def config(self) -> dict[str, Any]:
         """Read the resolved recipe.
@@ -130,7 +135,7 @@ class RunFolder:
             content = parse_yaml(text, what="its text")
         except InputError as error:
             raise InputError(f"{self.config_file} is damaged: {error}") from None
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or not _plain(content):
             raise InputError(f"{self.config_file} is damaged: it holds no recipe")
         return content
 
@@ -208,7 +213,7 @@ class RunFolder:
         Raises:
             InputError: It can't be written.
         """
-        write_text(self.path / "finished.json", sealed(summary, indent=1) + "\n")
+        write_text(self.finished_file, sealed(summary, indent=1) + "\n")
 
     def branches(self) -> Iterator["RunFolder"]:
         """Iterate over the runs that continue this one, in the order of the recipe."""
@@ -237,14 +242,22 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.=+-]+", "_", text)
 
 
+def _plain(config: Mapping[str, Any]) -> bool:
+    """Whether JSON knows all of its values, as it does those of every recipe: YAML also has dates and bytes."""
+    try:
+        json.dumps(config, sort_keys=True)
+    except TypeError:
+        return False
+    return True
+
+
 def _readable(config: Mapping[str, Any]) -> bool:
     """Whether a recipe has what is read of it without resolving it: to compare runs, and to find branches."""
     try:
-        json.dumps(config, sort_keys=True)
         names = (config["data"]["name"], config["threat"]["norm"])
         numbers = (config["threat"]["eps"], config["train"]["seed"])
         samples = config["evaluate"]["samples"]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError):
         return False
     return (
         all(isinstance(name, str) for name in names)

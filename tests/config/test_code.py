@@ -78,6 +78,13 @@ def test_code_that_the_user_types_needs_no_further_word(place: Path):
     assert resolve(document(method=METHOD)).method.label == "half and half"
 
 
+def test_what_no_package_can_be_called_is_not_offered_to_be_allowed(place: Path):
+    for name in (":build", ".theirs_alone.nets:build", "timm/x:y"):
+        (place / "odd.yaml").write_text(yaml.safe_dump({"extends": "digits", "model": {"name": name}}))
+        with pytest.raises(InputError, match=r"recipe odd\.yaml names .* not of the form package\.module:name"):
+            load_recipe("odd.yaml")
+
+
 def test_a_run_folder_of_somebody_else_runs_no_code(place: Path, capsys: pytest.CaptureFixture[str]):
     content = resolve(document(method=METHOD)).document()
     RunFolder.create(place / "sent", {**content, "model": {**content["model"], **BUILD}}, {})

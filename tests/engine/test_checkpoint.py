@@ -37,7 +37,7 @@ def test_weights_buffers_and_state_come_back_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     model, again = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), network()
     model.to(memory_format=torch.channels_last)
-    state = {"sums": {"loss": torch.randn(3)}, "nested": [1, (2.5, "x", None)]}
+    state = {"epoch": 1, "sums": {"loss": torch.randn(3)}, "nested": [1, (2.5, "x", None)]}
 
     checkpoint.save(tmp_path / "last", model, state)
     found = checkpoint.load(tmp_path / "last", again)

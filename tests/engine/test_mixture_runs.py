@@ -11,7 +11,7 @@ from small_runs import document, outcome, resume
 from toughen.cli import main
 from toughen.config import network_of, resolve
 from toughen.engine import Trainer
-from toughen.errors import InputError
+from toughen.errors import InputError, Notice
 from toughen.models import read_weights
 from toughen.run_folder import RunFolder
 
@@ -90,9 +90,25 @@ def test_what_is_no_mixture_is_refused_in_one_line(bases, model, message):
 
 
 def test_a_run_without_a_checkpoint_has_no_network_to_mix(bases, tmp_path):
-    shutil.copytree(bases / "g", tmp_path / "g", ignore=shutil.ignore_patterns("*.safetensors"))
-    with pytest.raises(InputError, match=r"has no weights\.safetensors in .*last; has it finished an epoch yet"):
+    shutil.copytree(bases / "g", tmp_path / "g", ignore=shutil.ignore_patterns("last*"))
+    with pytest.raises(InputError, match=r"no checkpoint in .*last; has the run finished an epoch yet"):
         network_of(str(tmp_path / "g"))
+
+
+def test_a_damaged_checkpoint_is_not_mixed_but_the_one_before_it_is(bases, tmp_path):
+    run = shutil.copytree(bases / "g", tmp_path / "g")
+    last, old = run / "checkpoints" / "last", run / "checkpoints" / "last.old"
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.copytree(last, old)
+    content = bytearray((last / "weights.safetensors").read_bytes())
+    content[-1] ^= 1  # of a weight: the file can still be read
+    (last / "weights.safetensors").write_bytes(content)
+
+    with pytest.warns(Notice, match="last is damaged: weights.safetensors is not as it was written; the one before"):
+        assert network_of(str(run)).weights == str(old / "weights.safetensors")
+    shutil.rmtree(old)
+    with pytest.raises(InputError, match="is not as it was written; there is no other"):
+        network_of(str(run))
 
 
 def test_two_runs_are_mixed_with_a_constant_weight_in_one_line(bases, capsys):

@@ -12,7 +12,7 @@ from torch import nn
 
 from small_runs import resume
 from toughen.engine import checkpoint
-from toughen.engine.versions import FORMAT, check_optimizer, check_state
+from toughen.engine.versions import FORMAT, check_optimizer, check_state, migrated
 from toughen.errors import InputError
 
 # a run after the first of two epochs, as format 2 wrote it
@@ -124,3 +124,18 @@ def test_the_state_of_other_parameters_is_refused(source, names, told):
 def test_training_weights_of_another_shape_are_refused():
     with pytest.raises(InputError, match=r"another model: 'weight' is \[3, 3\] there and \[2, 2\] here"):
         checkpoint.take_training({"training": nn.Linear(3, 3).state_dict()}, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("state", "fault"),
+    [
+        ({}, "it lacks epoch"),
+        ({"epoch": [1]}, "epoch is a list"),
+        ({"epoch": 1, "training": 2}, "training is a int"),
+        ({"epoch": 1, "step": 1, "sums": 3}, "sums is a int"),
+    ],
+)
+@pytest.mark.parametrize("number", [2, FORMAT])
+def test_a_state_that_toughen_did_not_write_is_refused(state: dict[str, object], fault: str, number: int) -> None:
+    with pytest.raises(InputError, match=f"^checkpoint a was not written by toughen: {fault}$"):
+        migrated({"format": number, **state}, folder=Path("a"))

@@ -76,8 +76,15 @@ def test_what_is_stored_of_a_run_resolves_to_the_same_run(tmp_path: Path) -> Non
         assert resolve(run.document) == run.recipe
 
 
-def test_another_network_comes_with_its_own_width(tmp_path: Path) -> None:
-    [run] = read_sweep(str(write(tmp_path, grid={"model.name": ["preact_resnet18"]}))).runs
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"recipe": "digits", "grid": {"model.name": ["preact_resnet18"]}},
+        {"recipe": {"extends": "digits", "model": {"name": "preact_resnet18"}}},
+    ],
+)
+def test_another_network_comes_with_its_own_width(tmp_path: Path, keys: dict[str, Any]) -> None:
+    [run] = read_sweep(str(write(tmp_path, **keys))).runs
 
     assert run.document["model"]["width"] is None
 
@@ -96,7 +103,14 @@ def test_another_network_comes_with_its_own_width(tmp_path: Path) -> None:
         ({"grid": {"train.lr": []}}, ("grid.train.lr is empty",)),
         ({"grid": {"train.lr": [0.1, 0.1]}}, ("grid.train.lr", "0.1", "twice")),
         ({"grid": {"train.seed": [0, 1]}}, ("train.seed", "seeds")),
-        ({"grid": {"train.lr": [1]}, "runs": {"a": {"train": {"lr": 2}}}}, ("'a'", "train.lr", "grid")),
+        (
+            {"grid": {"train.lr": [1]}, "runs": {"a": {"train": {"lr": 2}}}},
+            ("sets train.lr and then train.lr",),
+        ),
+        ({"grid": {"method": [1]}, "runs": {"a": {"method.0.k": 2}}}, ("run 'a' sets method.0.k and then method,",)),
+        ({"grid": {"train": [{"lr": 1}], "train.lr": [2]}}, ("the grid sets train.lr and then train.lr",)),
+        ({"runs": {"字" * 70: {}}}, ("run name '字", "at most 200 bytes")),
+        ({"grid": {"train.lr": [1, 2]}, "runs": {"字" * 66: {}}}, ("(203 bytes, at most 200)",)),
         ({"resources": {"cpus": 0}}, ("resources.cpus is 0",)),
         ({"resources": {"gpus": 2}}, ("resources.gpus is 2", "torchrun")),
         ({"resources": {"gpu": 1}}, ("'gpu'", "gpus")),

@@ -53,3 +53,21 @@ def test_a_pipe_gets_a_line_for_each_epoch_and_state(tmp_path: Path, capsys: pyt
     assert epoch.startswith("pgd-at/seed-0: epoch   1")
     assert failed == "pgd-at/seed-0: failed: killed by SIGKILL"
     assert "waiting" in {one.state for one in runs}
+
+
+def test_a_log_that_cannot_be_read_does_not_stop_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = SweepFolder(tmp_path / "out").lay_out(read_sweep(str(write(tmp_path, grid=GRID))))
+    log = runs[0].folder.path / "log.jsonl"
+
+    with Watch(runs) as shown:
+        runs[0].state = "running"
+        runs[0].folder.write_log([row(1)])
+        shown.look()
+        log.write_text("{")
+        shown.look()
+        runs[0].folder.write_log([row(1), row(2)])
+
+    assert [line.split("epoch")[1].split()[0] for line in capsys.readouterr().err.splitlines() if "epoch" in line] == [
+        "1",
+        "2",
+    ]

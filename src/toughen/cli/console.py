@@ -16,7 +16,12 @@ err = Console(stderr=True)
 
 def note(text: str) -> None:
     """Tell the user something beside the results, in one line."""
-    err.print(f"note: {one_line(text)}", highlight=False, markup=False, soft_wrap=True)
+    say(f"note: {text}")
+
+
+def say(text: str) -> None:
+    """Write a line to standard error, as it is: the name of a folder may hold what rich takes for markup."""
+    err.print(one_line(text), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

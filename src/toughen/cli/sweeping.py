@@ -1,11 +1,12 @@
 """The verb ``sweep``, and what ``compare`` makes of a sweep's folder."""
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
 
-from toughen.cli.console import err, note, out
+from toughen.cli.console import note, out, say
 from toughen.cli.files import check_output, write
 from toughen.errors import InputError
 from toughen.report import compare_runs, comparison_tables
@@ -28,10 +29,10 @@ def run_sweep(options: argparse.Namespace) -> None:
     if options.slurm:
         with folder.held():
             folder.lay_out(sweep)
-        write(options.slurm, slurm_script(sweep, folder, workers=options.workers).rstrip("\n"))
-        err.print(f"{len(sweep.runs)} runs in {folder.path}; submit them with: sbatch {options.slurm}", soft_wrap=True)
+        write(options.slurm, slurm_script(sweep, folder, workers=options.workers))
+        say(f"{len(sweep.runs)} runs in {folder.path}; submit them with: sbatch {shlex.quote(options.slurm)}")
         return
-    err.print(f"sweep folder: {folder.path}", highlight=False, soft_wrap=True)
+    say(f"sweep folder: {folder.path}")
     runs = train_all(sweep, folder, address)
     failed = [one for one in runs if one.state == "failed"]
     if len(failed) < len(runs):

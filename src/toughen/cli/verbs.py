@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from toughen import data, models, processes
 from toughen.attacks import PGD
-from toughen.cli.console import err, first_alone_speaks, note, out
+from toughen.cli.console import err, first_alone_speaks, note, out, say
 from toughen.cli.evaluating import run_evaluate, run_transfer
 from toughen.cli.files import check_output, write, write_plot
 from toughen.cli.sweeping import expanded
@@ -72,13 +73,13 @@ def _train_here(options: argparse.Namespace) -> None:
         _print_layers(model, splits)
         return
     trainer = Trainer(recipe, out=options.resume or options.out, resume=bool(options.resume))
-    err.print(f"run folder: {trainer.folder.path}", highlight=False, markup=False, soft_wrap=True)
+    say(f"run folder: {trainer.folder.path}")
     for line in (*trainer.data.notes, *_kept_branches(recipe, words)):
         note(line)
     try:
         run = trainer.fit()
     except (Interrupted, KeyboardInterrupt):
-        raise Interrupted(f"Continue with: toughen train --resume {trainer.folder.path}") from None
+        raise Interrupted(f"Continue with: toughen train --resume {shlex.quote(str(trainer.folder.path))}") from None
     if processes.rank() == 0:
         _show(run)
 

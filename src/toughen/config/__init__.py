@@ -2,12 +2,23 @@
 
 from toughen.config.build import build
 from toughen.config.code import Permission, packages_named
-from toughen.config.load import ATTACKS, load_recipe, network_of, read_document, recipe_names, recipe_of, resolve
+from toughen.config.dotted import set_keys
+from toughen.config.load import (
+    ATTACKS,
+    extended,
+    load_recipe,
+    network_of,
+    read_document,
+    recipe_names,
+    recipe_of,
+    resolve,
+)
 
 __all__ = [
     "ATTACKS",
     "Permission",
     "build",
+    "extended",
     "load_recipe",
     "network_of",
     "packages_named",
@@ -15,4 +26,5 @@ __all__ = [
     "recipe_names",
     "recipe_of",
     "resolve",
+    "set_keys",
 ]

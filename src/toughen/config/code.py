@@ -25,7 +25,7 @@ class Permission:
     @classmethod
     def of_user(cls, source: str, packages: Iterable[str] = ()) -> "Permission":
         """Allow what the user allows: these packages, and those of the environment variable, parted by commas."""
-        return cls(source, frozenset({*packages, *os.environ.get(VARIABLE, "").replace(" ", "").split(",")}))
+        return cls(source, frozenset({*packages, *allowed_everywhere()}))
 
     def check(self, spec: str) -> None:
         """Refuse code that nobody allowed, before it is imported.
@@ -37,11 +37,18 @@ class Permission:
             InputError: It names code; how to allow it.
         """
         package = spec.partition(":")[0].partition(".")[0]
+        if ":" in spec and not package.isidentifier():
+            raise InputError(f"{self.source} names {spec!r}, which is not of the form package.module:name")
         if ":" in spec and package not in self.packages:
             raise InputError(
                 f"{self.source} names code that is not toughen's, {spec!r}, and to import it is to run it; if you trust"
                 f" it, add --allow-code {package}, or set {VARIABLE}={package}"
             )
+
+
+def allowed_everywhere() -> list[str]:
+    """Return the packages that the environment variable names."""
+    return [package.strip() for package in os.environ.get(VARIABLE, "").split(",") if package.strip()]
 
 
 def packages_named(words: Iterable[str]) -> list[str]:

@@ -14,10 +14,11 @@ from toughen import models
 from toughen.attacks import PGD, fgsm_rs
 from toughen.config.build import build
 from toughen.config.code import Permission, packages_named
+from toughen.config.dotted import set_keys
 from toughen.data import AUGMENTS, DataSettings
 from toughen.documents import parse_yaml
 from toughen.engine import EvaluateSettings, MixtureSettings, ModelSettings, Recipe, TrainSettings
-from toughen.engine.checkpoint import WEIGHTS
+from toughen.engine.checkpoint import whole_weights
 from toughen.errors import InputError, unknown
 from toughen.methods import Stack, Wrapper, stack
 from toughen.objectives import METHODS, Objective
@@ -48,11 +49,11 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, allow_code: Iterabl
             package that was not allowed.
     """
     document = read_document(name)
-    for override in overrides:
-        _override(document, override)
-    given = {override.partition("=")[0] for override in overrides}
-    if "model.name" in given and "model.width" not in given and isinstance(document.get("model"), dict):
-        document["model"].pop("width", None)  # it was the width of the recipe's own network
+    changes = [_parsed(override) for override in overrides]
+    try:
+        set_keys(document, changes)
+    except InputError as error:
+        raise InputError(f"override {error}") from None
     return resolve(document, code=Permission.of_user(f"recipe {name}", [*allow_code, *packages_named(overrides)]))
 
 
@@ -87,13 +88,25 @@ def read_document(name: str) -> dict[str, Any]:
     Raises:
         InputError: There is no such recipe, it is no mapping, or it extends itself.
     """
-    return _extended(name, ())
+    return _extended(_read(name), name, ())
 
 
-def _extended(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+def extended(document: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Lay plain values over the recipe that they extend, if they do; see ``read_document``.
+
+    Args:
+        document: The sections of a recipe, some of which may be missing where it has the key ``extends``.
+        source: The name or path of what they stand in; a path that they extend starts beside it.
+
+    Raises:
+        InputError: See ``read_document``.
+    """
+    return _extended(dict(document), source, ())
+
+
+def _extended(document: dict[str, Any], name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if name in seen:
         raise InputError(f"recipe {name} extends itself: {' -> '.join([*seen, name])}")
-    document = _read(name)
     if "extends" not in document:
         return document
     base = document.pop("extends")
@@ -101,7 +114,7 @@ def _extended(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise InputError(f"recipe {name}: extends is {base!r}; it must be the name of a recipe or a .yaml file")
     if base.endswith((".yaml", ".yml")) and name.endswith((".yaml", ".yml")):
         base = os.path.normpath(Path(name).parent / base)  # one name for each file, or a circle would go unseen
-    below = _extended(base, (*seen, name))
+    below = _extended(_read(base), base, (*seen, name))
     if "branches" in document:
         below.pop("branches", None)
     above, model = document.get("model"), below.get("model")
@@ -176,8 +189,8 @@ def network_of(path: str, *, allow_code: Iterable[str] = ()) -> ModelSettings:
         allow_code: As for ``load_recipe``.
 
     Raises:
-        InputError: There is no such run, it has no such checkpoint yet, it trained a mixture, or its network is code of
-            a package that was not allowed.
+        InputError: There is no such run, it has no such checkpoint yet or a damaged one, it trained a mixture, or its
+            network is code of a package that was not allowed.
     """
     place = Path(path).expanduser()
     checkpoint = place if place.parent.name == "checkpoints" else place / "checkpoints" / "last"
@@ -185,9 +198,7 @@ def network_of(path: str, *, allow_code: Iterable[str] = ()) -> ModelSettings:
     settings = _model(RunFolder.open(checkpoint.parent.parent).config().get("model"), code)
     if isinstance(settings, MixtureSettings):
         raise InputError(f"run {path} trained a mixture, which is not mixed again; give one of its two networks")
-    weights = checkpoint / WEIGHTS
-    if not weights.is_file():
-        raise InputError(f"run {path} has no {weights.name} in {weights.parent}; has it finished an epoch yet?")
+    weights = whole_weights(checkpoint)
     return replace(settings, weights=str(weights.absolute()), pretrained=False, classifier="loaded")
 
 
@@ -322,27 +333,9 @@ def _keys(*mappings: Iterable[str]) -> Iterable[str]:
     return dict.fromkeys(key for mapping in mappings for key in mapping)
 
 
-def _override(document: dict[str, Any], override: str) -> None:
+def _parsed(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of an override."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise InputError(f"override {override!r} is not of the form key.path=value, for example train.epochs=2")
-    value = parse_yaml(text, what=f"the value in {override!r}")
-    *parents, last = path.split(".")
-    place: Any = document
-    for depth, key in enumerate(parents):
-        here = ".".join(parents[: depth + 1])
-        place = place[_position(place, key, here)] if isinstance(place, list) else place.setdefault(key, {})
-        if not isinstance(place, dict | list):
-            raise InputError(f"override {override!r}: {here} is {place!r}, which has no keys")
-    if isinstance(place, list):
-        place[_position(place, last, path)] = value
-    else:
-        place[last] = value
-
-
-def _position(place: list[Any], key: str, path: str) -> int:
-    if not key.isdecimal() or int(key) >= len(place):
-        raise InputError(
-            f"override {path}: {key!r} is not a position in a list of {len(place)}; use 0 to {len(place) - 1}"
-        )
-    return int(key)
+    return path, parse_yaml(text, what=f"the value in {override!r}")

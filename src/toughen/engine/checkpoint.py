@@ -123,6 +123,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     return _newest(folder, lambda _, state: state)
 
 
+def whole_weights(folder: Path) -> Path:
+    """Return the file of the weights to evaluate, once it is as it was written; where it is not, of the one before.
+
+    Raises:
+        InputError: See ``load``.
+    """
+    return _newest(folder, lambda whole, _: whole / WEIGHTS)
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,13 @@ from toughen.errors import InputError
 FORMAT = 3  # 1 had no names of parameters; 2 did not count the updates left out of an epoch
 
 
+# what a state holds by these names; a file of anybody's can hold anything, its checksums in order
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **{"epoch": (int,), "step": (int,), "sums": (dict,), "log": (list,), "past": (list,), "live": (dict,)},
+    **{"optimizer": (dict,), "parameter_names": (list, tuple), "training": (dict, type(None))},
+}
+
+
 def migrated(state: dict[str, Any], *, folder: Path) -> dict[str, Any]:
     """Return the state as this version would have written it.
 
@@ -20,7 +27,7 @@ def migrated(state: dict[str, Any], *, folder: Path) -> dict[str, Any]:
         folder: Where it is from, for messages.
 
     Raises:
-        InputError: It is of a newer format, or of one that knew too little.
+        InputError: It is of a newer format, or of one that knew too little, or was not written by toughen.
     """
     number = state["format"]
     if number > FORMAT:
@@ -30,11 +37,22 @@ def migrated(state: dict[str, Any], *, folder: Path) -> dict[str, Any]:
             f"checkpoint {folder} was written by an older toughen (format {number}, not {FORMAT}), which kept less than"
             " is needed here; go on with that version, which the run's provenance.json names"
         )
+    _check_kinds(state, folder=folder)
     if number == 2 and not state.get("step"):
         return {**state, "format": FORMAT, "sums": {}}  # an epoch begins with none
-    if number == 2 and "updates left out" in state["sums"]:
+    if number == 2 and "updates left out" in state.get("sums", {}):
         return {**state, "format": FORMAT}
     return state
+
+
+def _check_kinds(state: Mapping[str, Any], *, folder: Path) -> None:
+    if "epoch" not in state:  # the one name that an evaluation reads as well
+        raise InputError(f"checkpoint {folder} was not written by toughen: it lacks epoch")
+    for name, kinds in _KINDS.items():
+        if name in state and not isinstance(state[name], kinds):
+            raise InputError(
+                f"checkpoint {folder} was not written by toughen: {name} is a {type(state[name]).__name__}"
+            )
 
 
 def check_resumable(state: Mapping[str, Any], *, folder: Path) -> None:

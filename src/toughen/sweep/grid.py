@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,15 +11,15 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
-from toughen.config import Permission, build, read_document, resolve
-from toughen.config.code import VARIABLE
+from toughen.config import Permission, build, extended, resolve, set_keys
+from toughen.config.code import VARIABLE, allowed_everywhere
 from toughen.documents import parse_yaml
 from toughen.engine import Recipe
 from toughen.errors import InputError, unknown
 from toughen.run_folder import file_name
 from toughen.sweep.naming import short_keys, value_names
 
-_LONGEST = 200  # characters of the name of a folder
+_LONGEST = 200  # bytes of the name of a folder; file systems take 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +103,11 @@ class Sweep:
     @property
     def environment(self) -> dict[str, str]:
         """Variables for the processes of its runs."""
-        allowed = [*self.allow_code, *os.environ.get(VARIABLE, "").split(",")]
+        allowed = [*self.allow_code, *allowed_everywhere()]
         return {
             "OMP_NUM_THREADS": str(self.resources.threads),
             **({} if self.resources.gpus else {"CUDA_VISIBLE_DEVICES": ""}),
-            **({VARIABLE: ",".join(filter(None, allowed))} if any(allowed) else {}),
+            **({VARIABLE: ",".join(allowed)} if allowed else {}),
         }
 
 
@@ -133,12 +132,11 @@ class _Content:
             not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds)
         ):
             raise InputError(f"seeds is {self.seeds}; list whole numbers >= 0, each once, such as [0, 1, 2]")
-        if self.name is not None and not _names_a_folder(self.name):
-            raise InputError(f"name {self.name!r} names a folder: use letters, digits, '-', '_', '+' and '.'")
+        if self.name is not None:
+            _check_folder_name("name", self.name)
         taken: dict[str, str] = {}
         for name in self.runs:
-            if not _names_a_folder(name):
-                raise InputError(f"run name {name!r} names a folder: use letters, digits, '-', '_', '+' and '.'")
+            _check_folder_name("run name", name)
             if (twin := taken.setdefault(name.casefold(), name)) != name:
                 raise InputError(f"run names {twin!r} and {name!r} are one folder on some file systems; rename one")
         for key, values in self.grid.items():
@@ -148,8 +146,9 @@ class _Content:
                 if value in values[:number]:
                     raise InputError(f"grid.{key} lists {value!r} twice; the runs would be duplicates: list it once")
 
-    def seeds_over(self, base: Mapping[str, Any]) -> list[int | None]:
-        """The seeds; without any, that of the recipe (None)."""
+    @property
+    def all_seeds(self) -> list[int | None]:
+        """The seeds, one by one; without any, that of the recipe (None)."""
         if self.seeds is None:
             return [None]
         return [*range(self.seeds)] if isinstance(self.seeds, int) else [*self.seeds]
@@ -166,18 +165,20 @@ def read_sweep(name: str, *, allow_code: Sequence[str] = ()) -> Sweep:
     Raises:
         InputError: There is no such file, a key or a value of it is wrong, or two of its runs are the same.
     """
-    document, folder = _read(name)
+    document = _read(name)
     try:
         content = build(_Content, document, path="sweep")
         rows = list(_rows(content))
-        base = _base(content.recipe, folder)
+        sections = {"extends": content.recipe} if isinstance(content.recipe, str) else content.recipe
+        base = extended(sections, source=name)
+        title = content.name or file_name(Path(name).stem)
+        _check_folder_name("without the key name, its own name", title)
     except InputError as error:
         raise InputError(f"sweep {name}: {error}") from None
-    title = content.name or file_name(Path(name).stem)
     code = Permission.of_user(f"sweep {name}", allow_code)
     runs: list[Run] = []
     for row, changes in rows:
-        for seed in content.seeds_over(base):
+        for seed in content.all_seeds:
             runs.append(_run(base, row or title, changes, seed, code=code, sweep=name))
     _refuse_duplicates(runs, sweep=name)
     return Sweep(title, name, tuple(runs), content.resources, content.retries, tuple(allow_code))
@@ -192,8 +193,8 @@ def sweep_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _shelf().iterdir() if entry.name.endswith(".yaml"))
 
 
-def _read(name: str) -> tuple[dict[str, Any], Path]:
-    """The file as plain values, and the folder that paths of recipes in it start from."""
+def _read(name: str) -> dict[str, Any]:
+    """The file as plain values."""
     file: Path | Traversable = Path(name)
     if name in sweep_names():
         file = _shelf() / f"{name}.yaml"
@@ -207,24 +208,7 @@ def _read(name: str) -> tuple[dict[str, Any], Path]:
         raise InputError(f"sweep file {name} is not a text file that can be read: {error}") from None
     if not isinstance(document, dict):
         raise InputError(f"sweep file {name} must be a mapping with the keys recipe, grid, runs, seeds")
-    return document, Path(name).parent
-
-
-def _base(recipe: str | dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The recipe that all runs start from, as plain values."""
-    if isinstance(recipe, str):
-        named = recipe.endswith((".yaml", ".yml"))
-        return read_document(str(folder / recipe) if named else recipe)
-    sections = copy.deepcopy(recipe)
-    if "extends" not in sections:
-        return sections
-    below = sections.pop("extends")
-    if not isinstance(below, str):
-        raise InputError(f"recipe.extends is {below!r}; it must be the name of a recipe or a .yaml file")
-    base = _base(below, folder)
-    for key, value in _flat(sections):
-        _place(base, key, value)
-    return base
+    return document
 
 
 def _rows(content: _Content) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -234,23 +218,32 @@ def _rows(content: _Content) -> Iterator[tuple[str, dict[str, Any]]]:
     names = {key: value_names(short[key], content.grid[key]) for key in differing}
     choices = [list(enumerate(values)) for values in content.grid.values()]
     for run, overrides in (content.runs or {"": None}).items():
-        own = dict(_flat(overrides or {}))
+        own = list(_flat(overrides or {}))
         for chosen in itertools.product(*choices):
             picked = dict(zip(content.grid, chosen, strict=True))
-            grid = dict(_flat({key: value for key, (_, value) in picked.items()}))
-            for key in (*own, *grid):
-                if key == "train.seed":
-                    raise InputError("train.seed is no setting of a grid; list the seeds under the key seeds")
-            if both := sorted(own.keys() & grid.keys()):
-                raise InputError(f"run {run!r} sets {both[0]}, which the grid sets too; leave it out of one of them")
+            changes = [*own, *(pair for key, (_, value) in picked.items() for pair in _flat({key: value}))]
+            _refuse_overwritten([key for key, _ in changes], run=run)
             parts = [run] if run else []
             name = ",".join([*parts, *(names[key][picked[key][0]] for key in differing)])
-            if len(name) > _LONGEST:
+            if _size(name) > _LONGEST:
                 raise InputError(
-                    f"a run would be named {name[:40]}... ({len(name)} characters, at most {_LONGEST}); name the rows"
+                    f"a run would be named {name[:40]}... ({_size(name)} bytes, at most {_LONGEST}); name the rows"
                     " yourself, with the key runs in place of grid"
                 )
-            yield name, {**own, **grid}
+            yield name, dict(changes)
+
+
+def _refuse_overwritten(keys: Sequence[str], *, run: str) -> None:
+    """Refuse a run that would be called by a setting which a later one replaces."""
+    for number, key in enumerate(keys):
+        if key == "train.seed":
+            raise InputError("train.seed is no setting of a grid; list the seeds under the key seeds")
+        for before in keys[:number]:
+            if before == key or before.startswith(f"{key}."):
+                raise InputError(
+                    f"{f'run {run!r}' if run else 'the grid'} sets {before} and then {key}, which leaves nothing of it;"
+                    " leave out one of them"
+                )
 
 
 def _run(
@@ -263,15 +256,9 @@ def _run(
     sweep: str,
 ) -> Run:
     document = copy.deepcopy(dict(base))
-    model = document.get("model")
-    if "model.name" in changes and "model.width" not in changes and isinstance(model, dict):
-        model.pop("width", None)  # as on the command line: it was the width of the recipe's own network
     name = row if seed is None else f"{row}/seed-{seed}"
     try:
-        for key, value in changes.items():
-            _place(document, key, value)
-        if seed is not None:
-            _place(document, "train.seed", seed)
+        set_keys(document, changes.items() if seed is None else [*changes.items(), ("train.seed", seed)])
         recipe = resolve(document, code=code)
     except InputError as error:
         given = ", ".join(f"{key}={value}" for key, value in changes.items())
@@ -300,29 +287,14 @@ def _flat(sections: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield path, value
 
 
-def _place(document: dict[str, Any], path: str, value: Any) -> None:
-    """Set what a dotted key names; list items are addressed by number."""
-    *parents, last = path.split(".")
-    place: Any = document
-    for depth, key in enumerate(parents):
-        here = ".".join(parents[: depth + 1])
-        place = place[_position(place, key, here)] if isinstance(place, list) else place.setdefault(key, {})
-        if not isinstance(place, dict | list):
-            raise InputError(f"{path}: {here} is {place!r}, which has no keys")
-    place[_position(place, last, path) if isinstance(place, list) else last] = copy.deepcopy(value)
+def _check_folder_name(what: str, name: str) -> None:
+    # no "=", since `toughen train` takes a word with one for an override
+    if not name or name != file_name(name) or "=" in name or name.startswith((".", "-")) or _size(name) > _LONGEST:
+        raise InputError(
+            f"{what} {name!r} names a folder: use letters, digits, '-', '_', '+' and '.', at most {_LONGEST} bytes, and"
+            " begin with none of '-' and '.'"
+        )
 
 
-def _position(place: list[Any], key: str, path: str) -> int:
-    if not key.isdecimal() or int(key) >= len(place):
-        raise InputError(f"{path}: {key!r} is not a position in a list of {len(place)}; use 0 to {len(place) - 1}")
-    return int(key)
-
-
-def _names_a_folder(name: str) -> bool:
-    return (
-        bool(name)
-        and name == file_name(name)
-        and "=" not in name
-        and not name.startswith((".", "-"))
-        and len(name) <= _LONGEST
-    )
+def _size(name: str) -> int:
+    return len(name.encode())

@@ -16,7 +16,7 @@ from toughen.run_folder import RunFolder
 from toughen.sweep import attempt
 from toughen.sweep.attempt import Attempt, Outcome
 from toughen.sweep.grid import Resources, Sweep
-from toughen.sweep.store import FINISHED, OUTPUT, Progress, State, SweepFolder, resume_words, train_words
+from toughen.sweep.store import OUTPUT, Progress, State, SweepFolder, resume_words, train_words
 from toughen.sweep.watch import Watch
 
 # -P, as for the command `toughen`: nothing is imported from the folder in which somebody happens to be
@@ -149,7 +149,7 @@ def _attempt(one: Progress, sweep: Sweep) -> Attempt:
         begin=(*_TOUGHEN, *train_words(str(named))),
         resume=(*_TOUGHEN, *resume_words(str(named))),
         begun=str(RunFolder(folder).config_file),
-        finished=str(folder / FINISHED),
+        finished=str(RunFolder(folder).finished_file),
         output=str(folder / OUTPUT),
         directory=str(here),
         environment=tuple(environment.items()),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from toughen.run_folder import RunFolder
 from toughen.sweep.grid import Sweep
-from toughen.sweep.store import FINISHED, OUTPUT, RECIPE, SweepFolder
+from toughen.sweep.store import OUTPUT, RECIPE, SweepFolder
 
 _WARNING = 300  # seconds between the signal and the end of the time limit, for the checkpoint
 
@@ -32,6 +32,7 @@ def slurm_script(sweep: Sweep, folder: SweepFolder, *, workers: int | None) -> s
         f"--signal=B:TERM@{_WARNING}",
         "--requeue",
     ]
+    run = RunFolder(Path("$run"))  # as the shell knows it
     toughen = f"exec {shlex.quote(sys.executable)} -P -m toughen train"
     return "\n".join(
         [
@@ -45,11 +46,10 @@ def slurm_script(sweep: Sweep, folder: SweepFolder, *, workers: int | None) -> s
             names,
             ")",
             "run=$folder/${runs[$SLURM_ARRAY_TASK_ID]}",
-            f'if [ -e "$run/{FINISHED}" ]; then exit 0; fi',
+            f'if [ -e "{run.finished_file}" ]; then exit 0; fi',
             f'exec >>"$run/{OUTPUT}" 2>&1 </dev/null',
             "# exec: SLURM's warning reaches the run itself, which then writes its checkpoint",
-            f'if [ -e "{RunFolder(Path("$run")).config_file}" ]; then {toughen} --resume "$run"; fi',
+            f'if [ -e "{run.config_file}" ]; then {toughen} --resume "$run"; fi',
             f'{toughen} "$run/{RECIPE}" --out "$run"',
-            "",
         ]
     )

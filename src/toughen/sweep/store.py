@@ -1,5 +1,6 @@
 """The folder of a sweep: its run folders, and ``sweep.json``, which says what each was for and how far it came."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from toughen.run_folder import RunFolder
 from toughen.sweep.grid import Run, Sweep
 
 State = Literal["waiting", "running", "finished", "failed", "stopped"]
-STORE, RECIPE, OUTPUT, FINISHED = "sweep.json", "recipe.yaml", "output.log", "finished.json"
+STORE, RECIPE, OUTPUT = "sweep.json", "recipe.yaml", "output.log"
 
 
 def train_words(folder: str) -> tuple[str, ...]:
@@ -58,7 +59,7 @@ class SweepFolder:
         """Write down what is to be run, and find what is done already.
 
         Raises:
-            InputError: A run was begun here with other settings, or a file can't be written.
+            InputError: A run was begun here with other settings, or under another name; or a file can't be written.
         """
         if "=" in str(self.path):
             raise InputError(
@@ -68,11 +69,27 @@ class SweepFolder:
         for one in found:
             _check_same(one, allow_code=sweep.allow_code)
             one.state = "finished" if one.folder.finished else "waiting"
+        self._check_names(found)
         for one in found:
             _make(one.folder.path)
             write_text(one.folder.path / RECIPE, yaml.safe_dump(one.run.document, sort_keys=False))
         self.write(sweep, found)
         return found
+
+    def _check_names(self, runs: Sequence[Progress]) -> None:
+        """Refuse to train once more what was begun under another name, since names say what differs in the file."""
+        try:
+            entries = _entries(self.path / STORE) if (self.path / STORE).is_file() else []
+        except InputError:  # damaged: it is written anew
+            return
+        before = {_text(entry.get("recipe")): self.path / str(entry["folder"]) for entry in entries}
+        for one in runs:
+            old = before.get(_text(one.run.document), one.folder.path)
+            if not one.folder.config_file.exists() and RunFolder(old).config_file.exists():
+                raise InputError(
+                    f"run {old} is called {one.run.name} since the file of the sweep was changed; move its folder to"
+                    f" {one.folder.path}, or remove it, and it is trained anew"
+                )
 
     def write(self, sweep: Sweep, runs: Sequence[Progress]) -> None:
         """Write ``sweep.json``."""
@@ -120,11 +137,10 @@ def finished_runs(path: Path) -> tuple[list[RunFolder], list[str]] | None:
     names = [str(entry["folder"]) for entry in _entries(file)]
     if outside := [name for name in names if not _inside(name)]:
         raise InputError(f"{file} is damaged: {outside[0]!r} is no folder in it")
-    folders = {name: RunFolder(path / name) for name in names}
-    finished = [folder for folder in folders.values() if folder.finished]
+    finished = [name for name in names if RunFolder(path / name).finished]
     if not finished:
         raise InputError(f"sweep {path} has no finished run yet; go on with the `toughen sweep` command that began it")
-    return finished, [name for name, folder in folders.items() if not folder.finished]
+    return [RunFolder.open(path / name) for name in finished], [name for name in names if name not in finished]
 
 
 def _entries(file: Path) -> list[dict[str, Any]]:
@@ -132,6 +148,10 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     if isinstance(entries, list) and all(isinstance(e, dict) and isinstance(e.get("folder"), str) for e in entries):
         return entries
     raise InputError(f"{file} is damaged: it holds no runs; write it anew with the `toughen sweep` command")
+
+
+def _text(recipe: Any) -> str:
+    return json.dumps(recipe, sort_keys=True)
 
 
 def _make(folder: Path) -> None:

@@ -12,8 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from toughen.engine.progress import epoch_line
+from toughen.errors import InputError
 from toughen.sweep.grid import Sweep
 from toughen.sweep.store import Progress
+
+_Rows = list[tuple[str, dict[str, Any]]]
 
 console = Console(stderr=True)
 _ORDER = ("running", "failed", "stopped", "waiting", "finished")  # where a terminal is too low for all
@@ -45,7 +48,7 @@ def plan_table(sweep: Sweep) -> Table:
 class _Seen:
     """What is known of a run: its log with those of its branches, and since when this process watches it."""
 
-    rows: list[tuple[str, dict[str, Any]]]
+    rows: _Rows
     state: str
     began: float
     rows_before: int
@@ -57,7 +60,7 @@ class Watch:
     def __init__(self, runs: Sequence[Progress]) -> None:
         self._runs = runs
         now = time.monotonic()
-        rows = [_rows(one) for one in runs]
+        rows = [_rows(one, known=[]) for one in runs]
         self._seen = [_Seen(found, one.state, now, len(found)) for one, found in zip(runs, rows, strict=True)]
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
 
@@ -91,7 +94,7 @@ class Watch:
             self._live.update(self._table(), refresh=True)
 
     def _read(self, one: Progress, seen: _Seen) -> None:
-        rows = _rows(one)
+        rows = _rows(one, known=seen.rows)
         if self._live is None:
             for member, row in rows[len(seen.rows) :]:
                 self.say(epoch_line(f"{one.run.name}{member}", row))
@@ -116,10 +119,13 @@ class Watch:
         return table
 
 
-def _rows(one: Progress) -> list[tuple[str, dict[str, Any]]]:
+def _rows(one: Progress, *, known: _Rows) -> _Rows:
     """The log of a run and of its branches, one after another, each with the name of its branch."""
     branches = [(f"/{name}", one.folder.branch(name)) for name in one.run.recipe.branches]
-    return [(name, row) for name, member in [("", one.folder), *branches] for row in member.log()]
+    try:
+        return [(name, row) for name, member in [("", one.folder), *branches] for row in member.log()]
+    except InputError:  # damaged, or replaced this moment on a network's file system: no reason to stop the other runs
+        return known
 
 
 def _left(one: Progress, seen: _Seen) -> str:
