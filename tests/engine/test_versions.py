@@ -139,3 +139,11 @@ def test_training_weights_of_another_shape_are_refused():
 def test_a_state_that_toughen_did_not_write_is_refused(state: dict[str, object], fault: str, number: int) -> None:
     with pytest.raises(InputError, match=f"^checkpoint a was not written by toughen: {fault}$"):
         migrated({"format": number, **state}, folder=Path("a"))
+
+
+@pytest.mark.parametrize("entries", [{"best": "x"}, {"live": {}}, {"log": [1]}, {"seconds": "x"}])
+def test_a_state_whose_parts_are_of_other_kinds_is_refused_in_one_line(tmp_path, entries):
+    changed(tmp_path / "run", **entries)
+    with pytest.raises(InputError, match=r"checkpoint .*last") as told:
+        resume(tmp_path / "run")
+    assert len(str(told.value).splitlines()) == 1

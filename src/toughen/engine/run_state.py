@@ -1,5 +1,6 @@
 """What a run has to remember to go on exactly: its live objects and where it is, in checkpoints and out of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from toughen.engine.optim import continue_momentum, parameter_names
 from toughen.engine.recipe import Recipe
 from toughen.engine.sharding import deal_out, gather, load_optimizer, whole
 from toughen.engine.versions import check_optimizer, check_state
+from toughen.errors import InputError
 from toughen.objectives import Live
 from toughen.run_folder import RunFolder
 
@@ -84,15 +86,34 @@ class RunState:
             now.skipped = skipped if processes.rank() == 0 else 0
 
     def go_on_from(self, name: str) -> None:
-        """Take up this run where a checkpoint left it, in the middle of an epoch or between two."""
+        """Take up this run where a checkpoint left it, in the middle of an epoch or between two.
+
+        Raises:
+            InputError: There is none, it is damaged, or it is not what this run would have written.
+        """
         folder = self.checkpoints / name
         state = self._load_weights(folder)
         check_state(state, _NAMES, folder=folder)
+        try:
+            self._take(state, folder)
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"checkpoint {folder} was not written by toughen for this recipe ({type(error).__name__}: {error})"
+            ) from None
+
+    def _take(self, state: Mapping[str, Any], folder: Path) -> None:
         names = parameter_names(self.optimizer, self.live)
         check_optimizer(self.optimizer, state["optimizer"], state["parameter_names"], names, folder=folder)
         load_optimizer(self.optimizer, state["optimizer"])
         self.live.load_state_dict(state["live"])
         now = Progress(**{name: state[name] for name in vars(Progress())})
+        for name, fresh in vars(Progress()).items():
+            if not isinstance(getattr(now, name), (float, int) if isinstance(fresh, float) else type(fresh)):
+                raise TypeError(f"{name} is {getattr(now, name)!r}")
+        if not all(isinstance(row, dict) for row in now.log):
+            raise TypeError("log holds other things than rows")
         device = next(self.model.parameters()).device
         now.sums = {name: value.to(device) for name, value in now.sums.items()}
         now.skipped = now.skipped if processes.rank() == 0 else 0
