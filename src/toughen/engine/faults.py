@@ -59,11 +59,15 @@ class FaultWatch:
         first = epoch_sums.first_left_out(sums)
         file = self.run.path / "faults" / f"epoch_{epoch:04d}_step_{first:06d}.safetensors"
         _keep(batch_at(first), file)
+        skipping = "" if self.policy == "skip" else ", or leave such batches out: train.nonfinite=skip"
+        before = f", and the checkpoint from before in {self.run.checkpoints}" if self._has_checkpoint() else ""
         raise InputError(
             f"the gradient is not finite in epoch {epoch + 1}, step {first + 1} ({left_out} updates left out so far);"
-            f" lower train.lr, or leave such batches out: train.nonfinite=skip. The batch is kept in {file}, and the"
-            f" checkpoint from before in {self.run.checkpoints}"
+            f" lower train.lr{skipping}. The batch is kept in {file}{before}"
         )
+
+    def _has_checkpoint(self) -> bool:
+        return any(self.run.checkpoints.iterdir())
 
 
 def _keep(batch: Batch, file: Path) -> None:
