@@ -428,3 +428,9 @@ def test_the_new_classifier_is_what_the_network_calls_so(tmp_path: Path) -> None
     load_weights(model, tmp_path / "weights.pt", classifier="new")
     assert torch.equal(model.head.weight, drawn)
     assert torch.equal(model.body.weight, saved.body.weight)
+
+
+def test_a_refused_pickle_of_a_newer_protocol_says_what_could_not_be_read(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_bytes(pickle.dumps(OrderedDict(a=1), protocol=4))
+    with pytest.raises(InputError, match="without running it: Unsupported operand"):
+        read_weights(tmp_path / "weights.pth")

@@ -131,5 +131,5 @@ def _refusal(error: UnpicklingError) -> str:
             f"needs {needed[1]} to be unpickled, which may run code; where you trust the file, load it yourself and"
             " save torch.save(model.state_dict(), FILE), or safetensors"
         )
-    reason = message.rpartition("WeightsUnpickler error: ")[2].splitlines()[0]
+    reason = message.rpartition("WeightsUnpickler error: ")[2].strip().splitlines()[0]
     return f"is damaged, or a pickle that cannot be read without running it: {reason}"
