@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from collections.abc import Iterable
 from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
@@ -14,8 +13,9 @@ from torch import nn
 from toughen import data as datasets
 from toughen import models, processes
 from toughen.criticality.selection import Selection
-from toughen.data import DataSplits, Images
+from toughen.data import DataSplits
 from toughen.engine import checkpoint, epoch_sums
+from toughen.engine.accuracy import evaluate_checkpoints, in_order, validate
 from toughen.engine.auto_rate import halvings
 from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import check_compiler, make_fabric
@@ -23,14 +23,13 @@ from toughen.engine.faults import LOOK_EVERY, FaultWatch, check_finite, collapse
 from toughen.engine.flops import flops_per_image
 from toughen.engine.open_run import create_run, open_run
 from toughen.engine.optim import make_optimizer
-from toughen.engine.progress import EpochProgress, attack_progress, epoch_line, epoch_progress, epoch_status
+from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, epoch_status
 from toughen.engine.recipe import Recipe
 from toughen.engine.run_state import Progress, RunState
 from toughen.engine.sharding import sharded
 from toughen.engine.update import Updater
 from toughen.engine.wishes import Wishes
 from toughen.errors import InputError, Notice
-from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
 from toughen.layers import compile_forward, synchronise_norms
 from toughen.layers.taps import random_state_kept
 from toughen.objectives import PGDAT, Live
@@ -157,7 +156,7 @@ class Trainer:
         self.live.release()
         try:
             with processes.sigterm_interrupts():
-                self._evaluate()
+                evaluate_checkpoints(self.model, self.data, self.recipe, self.folder)
         except KeyboardInterrupt:
             raise Interrupted from None
         for name, recipe in self.recipe.branches.items():
@@ -283,9 +282,9 @@ class Trainer:
             "pgd_at_gflops_per_image": now.pgd_at_flops / 1e9,
             **self.live.facts(),
         }
-        self.live.epoch_end((batch.x, batch.y) for batch in self._batches(self.data.train))
+        self.live.epoch_end((batch.x, batch.y) for batch in in_order(self.data.train, self.recipe, self.device))
         if epoch % self.settings.validate_every == 0 or epoch == self.recipe.stop_epoch:
-            row["validation"] = self._validate()
+            row["validation"] = validate(self._state.network(), self.data, self.recipe)
         fell = collapse(now.log, row, max_drop=self.settings.max_drop)
         if fell is not None and self.settings.max_drop is not None:
             self._stop_collapsed(row, progress)
@@ -339,7 +338,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Let the method choose on held-out images, and keep the network that it then means."""
-        self.live.finish((batch.x, batch.y) for batch in self._batches(self.data.validation))
+        self.live.finish((batch.x, batch.y) for batch in in_order(self.data.validation, self.recipe, self.device))
         if self.live.deployed() is not self.model:
             self._state.save("last")
 
@@ -366,37 +365,6 @@ class Trainer:
     def _trainable_share(self) -> float:
         trainable: int = sum(parameter.numel() for parameter in self.live.trainable())
         return trainable / sum(parameter.numel() for parameter in self.live.parameters())
-
-    # -- measuring --------------------------------------------------------------------------------
-
-    def _validate(self) -> dict[str, Any]:
-        """Clean and robust accuracy on the held-out part of the training data, with the attack of the run."""
-        attacks = [EvalAttack("clean", None), EvalAttack("robust", self.recipe.attack)]
-        network = self._state.network()
-        results = evaluate(network, self._batches(self.data.validation), attacks, seed=self.settings.seed, sanity=False)
-        return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
-
-    def _evaluate(self) -> None:
-        """Measure the last and the best checkpoint on test images; what is on disk already is kept."""
-        wanted, recipe = self.recipe.evaluate, self.recipe
-        attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.test_step_size) for n in wanted.attacks]
-        images = self.data.test.subset(slice(wanted.samples))
-        for name in ("best", "last"):
-            state = checkpoint.load(self.folder.checkpoints / name, self.model)
-            facts = {"checkpoint": name, "epoch": state["epoch"], **facts_of(self.model, images)}
-            with attack_progress() as progress:
-                evaluate(
-                    self.model,
-                    self._batches(images),
-                    attacks,
-                    seed=self.settings.seed,
-                    batch_size=recipe.test_batch_size,
-                    journal=Journal(self.folder.evals(name), facts),
-                    progress=progress if processes.rank() == 0 else None,
-                )
-
-    def _batches(self, images: Images) -> Iterable[Batch]:
-        return datasets.in_order(images, batch_size=self.recipe.test_batch_size, device=self.device)
 
     # -- stopping and resuming --------------------------------------------------------------------
 

@@ -1,0 +1,54 @@
+"""What a run measures of its network: on held-out images after an epoch, on test images at its end."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from toughen import data as datasets
+from toughen import processes
+from toughen.data import DataSplits, Images
+from toughen.engine import checkpoint
+from toughen.engine.progress import attack_progress
+from toughen.engine.recipe import Recipe
+from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
+from toughen.run_folder import RunFolder
+from toughen.types import Batch
+
+
+def validate(network: nn.Module, data: DataSplits, recipe: Recipe) -> dict[str, Any]:
+    """Return clean and robust accuracy on the held-out part of the training data, with the attack of the run; and n."""
+    attacks = [EvalAttack("clean", None), EvalAttack("robust", recipe.attack)]
+    batches = in_order(data.validation, recipe, _device(network))
+    results = evaluate(network, batches, attacks, seed=recipe.train.seed, sanity=False)
+    return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
+
+
+def evaluate_checkpoints(model: nn.Module, data: DataSplits, recipe: Recipe, folder: RunFolder) -> None:
+    """Measure the best and the last checkpoint on test images; what is on disk already is kept."""
+    wanted = recipe.evaluate
+    attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.test_step_size) for n in wanted.attacks]
+    images = data.test.subset(slice(wanted.samples))
+    for name in ("best", "last"):
+        state = checkpoint.load(folder.checkpoints / name, model)
+        facts = {"checkpoint": name, "epoch": state["epoch"], **facts_of(model, images)}
+        with attack_progress() as progress:
+            evaluate(
+                model,
+                in_order(images, recipe, _device(model)),
+                attacks,
+                seed=recipe.train.seed,
+                batch_size=recipe.test_batch_size,
+                journal=Journal(folder.evals(name), facts),
+                progress=progress if processes.rank() == 0 else None,
+            )
+
+
+def in_order(images: Images, recipe: Recipe, device: torch.device) -> Iterable[Batch]:
+    """Return the batches of a run outside its training."""
+    return datasets.in_order(images, batch_size=recipe.test_batch_size, device=device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
