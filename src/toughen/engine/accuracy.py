@@ -25,16 +25,23 @@ def validate(network: nn.Module, data: DataSplits, recipe: Recipe) -> dict[str, 
     return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
 
 
-def evaluate_checkpoints(model: nn.Module, data: DataSplits, recipe: Recipe, folder: RunFolder) -> None:
-    """Measure the best and the last checkpoint on test images; what is on disk already is kept."""
+def evaluate_checkpoints(
+    model: nn.Module, data: DataSplits, recipe: Recipe, folder: RunFolder
+) -> dict[str, dict[str, float]]:
+    """Measure the best and the last checkpoint on test images; what is on disk already is kept.
+
+    Returns:
+        The accuracies, in [0, 1], by checkpoint and attack.
+    """
     wanted = recipe.evaluate
     attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.test_step_size) for n in wanted.attacks]
     images = data.test.subset(slice(wanted.samples))
+    found = {}
     for name in ("best", "last"):
         state = checkpoint.load(folder.checkpoints / name, model)
         facts = {"checkpoint": name, "epoch": state["epoch"], **facts_of(model, images)}
         with attack_progress() as progress:
-            evaluate(
+            results = evaluate(
                 model,
                 in_order(images, recipe, _device(model)),
                 attacks,
@@ -43,6 +50,8 @@ def evaluate_checkpoints(model: nn.Module, data: DataSplits, recipe: Recipe, fol
                 journal=Journal(folder.evals(name), facts),
                 progress=progress if processes.rank() == 0 else None,
             )
+        found[name] = {attack: result.accuracy for attack, result in results.items()}
+    return found
 
 
 def in_order(images: Images, recipe: Recipe, device: torch.device) -> Iterable[Batch]:

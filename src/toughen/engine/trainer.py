@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, e
 from toughen.engine.recipe import Recipe
 from toughen.engine.run_state import Progress, RunState
 from toughen.engine.sharding import sharded
+from toughen.engine.tracking import Tracker, check_tracker, tracked
 from toughen.engine.update import Updater
 from toughen.engine.wishes import Wishes
 from toughen.errors import InputError, Notice
@@ -85,13 +86,14 @@ class Trainer:
         self.model.to(memory_format=torch.channels_last)
         if processes.count() > 1 and self.settings.batch_norm == "sync":
             synchronise_norms(self.model)
+        check_tracker(self.settings.logger)
         if self.settings.compile:
             check_compiler(self.settings)
             compile_forward(self.model)
         self.loader = training_loader(recipe, self.data, self.device)
         check_methods(recipe, self.model, self.data)
         self.show_progress = show_progress
-        self._wishes = Wishes()
+        self._wishes, self._tracker = Wishes(), Tracker()
         self.folder = processes.by_first(
             lambda: open_run(out, self.data) if resume else create_run(out, recipe, self.data, self.device)
         )
@@ -137,17 +139,18 @@ class Trainer:
                 held.enter_context(self.folder.locked())
 
             processes.by_first(lock)
-            self._fit()
+            with tracked(self.settings.logger, self.folder) as self._tracker:
+                self._train()
+            self._branches()
+            facts = {"epochs": self.progress.epoch, "method": self.recipe.method.label, **self.live.facts()}
+            processes.by_first(lambda: self.folder.write_finished(facts))
         return self.folder
 
-    def _fit(self) -> None:
-        total = self.recipe.stop_epoch * self.loader.steps_per_epoch
+    def _train(self) -> None:
         with (
             self._wishes.heard(),
             random_state_kept(self.model),
-            epoch_progress(
-                self._title(), total=total, show=self.show_progress, silent=processes.rank() > 0
-            ) as progress,
+            self._shown_progress() as progress,
         ):
             while self.progress.epoch < self.recipe.stop_epoch and not self._over():
                 self._epoch(progress)
@@ -156,9 +159,12 @@ class Trainer:
         self.live.release()
         try:
             with processes.sigterm_interrupts():
-                evaluate_checkpoints(self.model, self.data, self.recipe, self.folder)
+                measured = evaluate_checkpoints(self.model, self.data, self.recipe, self.folder)
         except KeyboardInterrupt:
             raise Interrupted from None
+        self._tracker.log({"test": measured}, epoch=self.progress.epoch)
+
+    def _branches(self) -> None:
         for name, recipe in self.recipe.branches.items():
             folder = self.folder.branch(name)
             Trainer(
@@ -170,8 +176,6 @@ class Trainer:
                 resume=folder.config_file.is_file(),
                 show_progress=self.show_progress,
             ).fit()
-        facts = {"epochs": self.progress.epoch, "method": self.recipe.method.label, **self.live.facts()}
-        processes.by_first(lambda: self.folder.write_finished(facts))
 
     def _epoch(self, progress: EpochProgress) -> None:
         now = self.progress
@@ -232,6 +236,9 @@ class Trainer:
     def _write_selection(self, selection: Selection) -> None:
         report = {"epoch": selection.epoch, "selected": selection.layers, **selection.report.to_dict()}
         processes.by_first(lambda: self.folder.write_report(selection.epoch, report))
+        self._tracker.log(
+            {"criticality": {row.name: row.criticality for row in selection.report.rows}}, epoch=selection.epoch
+        )
 
     def _step(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
@@ -309,6 +316,7 @@ class Trainer:
         if self.settings.schedule == "auto" and now.epoch in self._halvings():
             self._state.take_up_best()
         processes.by_first(lambda: self.folder.write_log(now.log))
+        self._tracker.log(row, epoch=epoch)
         if self.settings.max_drop is not None and "validation" in row:
             self._state.save("validated")
         self._state.save("last")
@@ -342,8 +350,16 @@ class Trainer:
         if self.live.deployed() is not self.model:
             self._state.save("last")
 
-    def _title(self) -> str:
-        return f"{self.folder.path.name}: {self.recipe.method.label}"
+    def _shown_progress(self) -> AbstractContextManager[EpochProgress]:
+        steps, now = self.loader.steps_per_epoch, self.progress
+        return epoch_progress(
+            f"{self.folder.path.name}: {self.recipe.method.label}",
+            total=self.recipe.stop_epoch * steps,
+            done=now.epoch * steps + now.step,
+            images_per_step=self.settings.batch_size,
+            show=self.show_progress,
+            silent=processes.rank() > 0,
+        )
 
     def _means(self) -> dict[str, float]:
         """The mean of each loss term over the steps of this epoch so far; refuses to go on if one is not finite."""
