@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from toughen import __version__
+from toughen.cli.completion import offer_completion
 from toughen.errors import InputError
 
 
@@ -143,6 +144,7 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
         help="for layers: as in analyze; for models: a pattern such as 'timm/vit_*'",
     )
     _add_target_options(list_)
+    offer_completion(parser)
     return parser
 
 
