@@ -29,8 +29,9 @@ class RunFolder:
     object per epoch; ``criticality/epoch_NNNN.json`` a report per selection, named by the epochs done before it;
     ``checkpoints/last`` and ``checkpoints/best``, and ``checkpoints/validated`` where a collapse would go back to it,
     each with the one before it (``last.old``);
-    ``evals/CHECKPOINT/ATTACK.json``; ``branches/NAME`` runs that
-    continue this one; ``finished.json`` once it is complete; ``.lock`` while somebody writes.
+    ``evals/CHECKPOINT/ATTACK.json``, and the same under ``strength`` for attacks of several strengths;
+    ``examples/CHECKPOINT.safetensors`` a few images, clean and attacked; ``branches/NAME`` runs that continue this
+    one; ``finished.json`` once it is complete; ``.lock`` while somebody writes.
 
     Every JSON object ends with a checksum of itself; that of ``config.yaml`` is in ``provenance.json``.
     """
@@ -206,6 +207,14 @@ class RunFolder:
         files = sorted(self.evals(checkpoint).glob("*.json"))
         results = {file: unsealed(read_text(file), file) for file in files}
         return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
+
+    def strength(self, checkpoint: str) -> Path:
+        """The folder of the evaluations of a checkpoint under attacks of several strengths."""
+        return self.path / "strength" / checkpoint
+
+    def examples(self, checkpoint: str) -> Path:
+        """The file of a few images, clean and attacked, and what a checkpoint says of them."""
+        return self.path / "examples" / f"{checkpoint}.safetensors"
 
     def write_finished(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as complete.

@@ -12,17 +12,29 @@ from toughen.data import DataSplits, Images
 from toughen.engine import checkpoint
 from toughen.engine.progress import attack_progress
 from toughen.engine.recipe import Recipe
-from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
+from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, keep_examples, parse_attack
 from toughen.run_folder import RunFolder
 from toughen.types import Batch
 
 
-def validate(network: nn.Module, data: DataSplits, recipe: Recipe) -> dict[str, Any]:
-    """Return clean and robust accuracy on the held-out part of the training data, with the attack of the run; and n."""
+def validate(network: nn.Module, data: DataSplits, recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Measure clean and robust accuracy, with the attack of the run.
+
+    Returns:
+        ``"validation"``: on the held-out part of the training data; ``"training"``: on as many images that the run
+        trains on, unvaried and the same each time, so that the gap between the two can be seen grow. Each with ``n``.
+    """
+    seed, device = recipe.train.seed, _device(network)
+    count = min(len(data.validation), len(data.train))
+    trained = datasets.probe(
+        data.train, count=count, seed=seed, position=0, device=device, batch_size=recipe.test_batch_size
+    )
     attacks = [EvalAttack("clean", None), EvalAttack("robust", recipe.attack)]
-    batches = in_order(data.validation, recipe, _device(network))
-    results = evaluate(network, batches, attacks, seed=recipe.train.seed, sanity=False)
-    return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
+    found = {}
+    for part, batches in {"validation": in_order(data.validation, recipe, device), "training": trained}.items():
+        results = evaluate(network, batches, attacks, seed=seed, sanity=False)
+        found[part] = {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
+    return found
 
 
 def evaluate_checkpoints(
@@ -50,6 +62,9 @@ def evaluate_checkpoints(
                 journal=Journal(folder.evals(name), facts),
                 progress=progress if processes.rank() == 0 else None,
             )
+        if processes.rank() == 0:
+            few = next(iter(in_order(images.subset(slice(8)), recipe, _device(model))))
+            keep_examples(model, few, images.classes, attacks, folder.examples(name), seed=recipe.train.seed)
         found[name] = {attack: result.accuracy for attack, result in results.items()}
     return found
 

@@ -291,7 +291,7 @@ class Trainer:
         }
         self.live.epoch_end((batch.x, batch.y) for batch in in_order(self.data.train, self.recipe, self.device))
         if epoch % self.settings.validate_every == 0 or epoch == self.recipe.stop_epoch:
-            row["validation"] = validate(self._state.network(), self.data, self.recipe)
+            row |= validate(self._state.network(), self.data, self.recipe)
         fell = collapse(now.log, row, max_drop=self.settings.max_drop)
         if fell is not None and self.settings.max_drop is not None:
             self._stop_collapsed(row, progress)
