@@ -204,9 +204,11 @@ class RunFolder:
         Raises:
             InputError: One of them is damaged.
         """
-        files = sorted(self.evals(checkpoint).glob("*.json"))
-        results = {file: unsealed(read_text(file), file) for file in files}
-        return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
+        return _complete(self.evals(checkpoint))
+
+    def strengths(self, checkpoint: str) -> dict[str, dict[str, Any]]:
+        """Read what is in ``strength(checkpoint)``, as ``evaluations`` does."""
+        return _complete(self.strength(checkpoint))
 
     def strength(self, checkpoint: str) -> Path:
         """The folder of the evaluations of a checkpoint under attacks of several strengths."""
@@ -244,6 +246,12 @@ class RunFolder:
     def branch(self, name: str) -> "RunFolder":
         """Return the folder of a branch, whether it exists yet or not."""
         return RunFolder(self.path / "branches" / name)
+
+
+def _complete(folder: Path) -> dict[str, dict[str, Any]]:
+    """The complete evaluations in a folder, by attack."""
+    results = {file: unsealed(read_text(file), file) for file in sorted(folder.glob("*.json"))}
+    return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
 
 
 def file_name(text: str) -> str:

@@ -118,6 +118,22 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     )
     compare.add_argument("--json", metavar="FILE", help="write all figures, with their intervals")
 
+    report = verb(
+        "report",
+        "Write a page about runs: tables, curves, criticality, images, costs, commands.",
+        "toughen report runs/small_cnn-digits",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="as in compare; a sweep stands for its runs")
+    report.add_argument(
+        "--each", action="store_true", help="a row for each run (default: one for runs that differ in train.seed alone)"
+    )
+    report.add_argument(
+        "--transfer", action="append", default=[], metavar="FILE", help="a matrix of `toughen transfer --json`"
+    )
+    report.add_argument(
+        "--out", metavar="FILE", help="the page (default: report.html in the run's folder; of several, here)"
+    )
+
     sweep = verb(
         "sweep",
         "Train a grid of settings and seeds on Ray; the same command goes on after a stop.",
