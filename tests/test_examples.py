@@ -1,0 +1,22 @@
+"""Every file in ``examples/`` runs, and does what its first lines say."""
+
+import importlib
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(request.config.rootpath / "examples")
+
+
+@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
+def test_clat_in_lightning(capsys):
+    pytest.importorskip("lightning", reason="Lightning is not installed: toughen[lightning]")
+
+    robust = importlib.import_module("lightning_clat").main()
+
+    assert robust > 0.3
+    assert "from epoch 2 on: layer" in capsys.readouterr().out
