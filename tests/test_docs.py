@@ -12,7 +12,7 @@ from toughen.config import read_document, resolve
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # what the code of a page needs beyond the package itself
-EXTRAS = {"docs/integrations.md": ("lightning",)}
+EXTRAS = {"docs/integrations.md": ("lightning", "onnxruntime")}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -27,7 +27,7 @@ def ids(page: Path) -> str:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
 def test_the_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in EXTRAS.get(ids(page), ()):
-        pytest.importorskip(package, reason=f"{package} is not installed: toughen[{package}]")
+        pytest.importorskip(package, reason=f"{package} is not installed; the extra test has it")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
     namespace: dict[str, Any] = {}
