@@ -12,7 +12,7 @@ from toughen.config import read_document, resolve
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # what the code of a page needs beyond the package itself
-EXTRAS = {"docs/integrations.md": ("lightning", "onnxruntime")}
+EXTRAS = {"docs/integrations.md": ("lightning", "onnxruntime", "transformers")}
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -20,3 +20,12 @@ def test_clat_in_lightning(capsys):
 
     assert robust > 0.3
     assert "from epoch 2 on: layer" in capsys.readouterr().out
+
+
+def test_clat_in_the_hugging_face_trainer(capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed: toughen[transformers]")
+
+    robust = importlib.import_module("huggingface_trainer").main()
+
+    assert robust > 0.3
+    assert "from epoch 12 on: net." in capsys.readouterr().out

@@ -160,8 +160,8 @@ def test_accumulated_gradients_are_one_step_of_the_method(tmp_path):
 
     class Counts(lightning.Callback):
         def on_fit_start(self, trainer, pl_module):
-            step_end = clat.live.step_end
-            clat.live.step_end = lambda: (stepped.append(1), step_end())
+            step_end = clat.guest.live.step_end
+            clat.guest.live.step_end = lambda: (stepped.append(1), step_end())
 
     trainer(tmp_path, clat, Counts(), epochs=1, accumulate_grad_batches=2).fit(Classifier(), loader())
 
@@ -194,12 +194,12 @@ class Elsewhere(Classifier):
 @pytest.mark.parametrize(
     ("module", "callback", "message"),
     [
-        (HeadOnly, {}, "the optimizer lacks 18 parameters of 'model', such as layer1.0.conv.weight; give it"),
+        (HeadOnly, {}, "the optimizer lacks 18 parameters of the network, such as layer1.0.conv.weight; give it"),
         (ByHand, {}, "ByHand optimizes by hand; use CLATCallback(step='call')"),
         (Elsewhere, {}, "Elsewhere has no network 'model'; name one with network=, among: net"),
         (Classifier, {"step": "call"}, "training_step of Classifier has not called the callback"),
         (Classifier, {"method": tg.CLAT(k=99)}, "clat k is 99; SmallCNN has "),
-        (Classifier, {"method": tg.FreeAT(replays=3)}, "uses each batch 3 times, and Lightning takes one step"),
+        (Classifier, {"method": tg.FreeAT(replays=3)}, "uses each batch several times, and Lightning knows"),
         (Classifier, {"method": tg.stack(tg.PGDAT(), tg.TWINS())}, "trains parameters of its own"),
         (
             Classifier,

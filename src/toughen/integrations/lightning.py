@@ -10,19 +10,16 @@ from torch.utils.data import DataLoader, Subset
 from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
 from toughen.errors import InputError
+from toughen.integrations.guest import AnyMethod, Guest, Pairs, given_first
 from toughen.layers.taps import random_state_kept
-from toughen.methods import Stack, Wrapper
-from toughen.objectives import Live, Objective
-from toughen.rng import generator, stream_seed
-from toughen.types import StepOutput, check_images
+from toughen.rng import stream_seed
+from toughen.types import StepOutput
 
 try:
     import lightning.pytorch as lightning
     from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 except ModuleNotFoundError:
     raise ModuleNotFoundError("Lightning is not installed; get it with: pip install 'toughen[lightning]'") from None
-
-Pairs = Iterable[tuple[Tensor, Tensor]]
 
 
 class CLATCallback(lightning.Callback):
@@ -48,7 +45,7 @@ class CLATCallback(lightning.Callback):
 
     def __init__(
         self,
-        method: Objective | Wrapper | Stack,
+        method: AnyMethod,
         *,
         attack: Attack,
         network: str = "model",
@@ -60,13 +57,8 @@ class CLATCallback(lightning.Callback):
             raise InputError(f"CLATCallback step is {step!r}; allowed: wrap, call")
         self.method, self.attack, self.network, self.step, self.probe = method, attack, network, step, probe
         self.seed = seed
-        self.selections: dict[int, Selection] = {}
-        self._live: Live | None = None
-        self._epoch: int | None = None  # the last one that was begun
+        self._guest: Guest | None = None
         self._wrapped: tuple[bool, ...] = ()  # which parameters asked for a gradient when DDP was made
-        self._handles: list[Any] = []
-        self._rates: list[Any] = []  # of the optimizer's groups, as scheduled
-        self._looked = False
 
     # -- what the user calls ----------------------------------------------------------------------
 
@@ -76,25 +68,27 @@ class CLATCallback(lightning.Callback):
         Raises:
             InputError: The images are not in [0, 1].
         """
-        if not self._looked:
-            check_images(x, (0.0, 1.0))
-            self._looked = True
-        return self.live(x, y)
+        return self.guest(x, y)
 
     @property
-    def live(self) -> Live:
+    def guest(self) -> Guest:
         """The method, bound to the network.
 
         Raises:
             InputError: ``fit`` has not begun.
         """
-        if self._live is None:
+        if self._guest is None:
             raise InputError("CLATCallback has no network before trainer.fit; give it in Trainer(callbacks=[...])")
-        return self._live
+        return self._guest
+
+    @property
+    def selections(self) -> dict[int, Selection]:
+        """The selections of layers of the last ``fit``, by the epoch before which each was made."""
+        return self.guest.selections
 
     def deployed(self) -> nn.Module:
         """Return the network to evaluate and to keep: the module's own, or the average of a method that has one."""
-        return self.live.deployed()
+        return self.guest.live.deployed()
 
     # -- before and after -------------------------------------------------------------------------
 
@@ -109,9 +103,7 @@ class CLATCallback(lightning.Callback):
             raise InputError(
                 f"{type(pl_module).__name__} has no network {self.network!r}; name one with network=, among: {names}"
             )
-        self._live = live = self.method.bind(model, attack=self.attack, seed=self.seed)
-        self._epoch, self._looked = None, False
-        _check_method(live, self.method)
+        self._guest = Guest(self.method, model, attack=self.attack, host="Lightning", seed=self.seed)
         if self.step == "wrap":
             pl_module.training_step = lambda batch, *_: self._training_step(pl_module, batch)
 
@@ -129,30 +121,19 @@ class CLATCallback(lightning.Callback):
             raise InputError(
                 f"CLATCallback needs one optimizer; configure_optimizers returns {len(trainer.optimizers)}"
             )
-        (optimizer,) = trainer.optimizers
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        lacking = [name for name, parameter in self.live.named_parameters().items() if id(parameter) not in held]
-        if lacking:
-            raise InputError(
-                f"the optimizer lacks {len(lacking)} parameters of {self.network!r}, such as {lacking[0]}; give it"
-                " self.parameters() in configure_optimizers: the callback freezes what is not to train"
-            )
-        self._handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step(optimizer)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step(optimizer)),
-        ]
-        self._wrapped = self._trains()
+        self.guest.attach(trainer.optimizers[0], where="configure_optimizers")
+        self._wrapped = self.guest.trains()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Look whether method and network fit each other, before hours are spent."""
         x, _ = self._probe(trainer, 1)[0]
-        self.live.check(x[:1])
+        self.guest.live.check(x[:1])
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Let the method choose on validation images, where it has to."""
         loaders = trainer.val_dataloaders or ()
         loader = loaders if isinstance(loaders, DataLoader) else next(iter(loaders), ())
-        self.live.finish(_pair(_on_device(trainer, batch)) for batch in loader)
+        self.guest.live.finish(_pair(_on_device(trainer, batch)) for batch in loader)
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Give module and optimizer back."""
@@ -167,55 +148,36 @@ class CLATCallback(lightning.Callback):
 
     def _give_back(self, pl_module: lightning.LightningModule) -> None:
         pl_module.__dict__.pop("training_step", None)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        if self._live is not None:
-            self._live.release()
+        if self._guest is not None:
+            self._guest.leave()
 
     # -- the epoch --------------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Do what the method does before an epoch, unless the checkpoint is from inside of it."""
-        epoch = trainer.current_epoch
-        if epoch == self._epoch:
-            return
-        probe = self._probe(trainer, self.live.probe_size) if self.live.probe_size else []
-        selection = self.live.epoch_start(epoch, probe, optimizer=trainer.optimizers[0])
-        if selection is not None:
-            self.selections[epoch] = selection
-        self._epoch = epoch
-        if isinstance(trainer.strategy, DDPStrategy) and self._trains() != self._wrapped:
+        guest = self.guest
+        guest.epoch_start(trainer.current_epoch, lambda size: self._probe(trainer, size), trainer.optimizers[0])
+        if isinstance(trainer.strategy, DDPStrategy) and guest.trains() != self._wrapped:
             trainer.strategy.model = pl_module  # first: two at once would both exchange
             trainer.strategy.configure_ddp()
-            self._wrapped = self._trains()
+            self._wrapped = guest.trains()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Do what the method does after an epoch, for example re-estimate the statistics of an average."""
-        self.live.epoch_end(self._all_images(trainer))
-
-    def _trains(self) -> tuple[bool, ...]:
-        return tuple(parameter.requires_grad for parameter in self.live.parameters())
+        self.guest.live.epoch_end(self._all_images(trainer))
 
     def _probe(self, trainer: lightning.Trainer, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Training images: at least ``count`` of those that were given, or as many at random, the same for all."""
         if self.probe is not None:
-            found: list[tuple[Tensor, Tensor]] = []
-            for batch in self.probe:
-                found.append(_pair(_on_device(trainer, batch)))
-                if sum(len(y) for _, y in found) >= count:
-                    break
-            return found
-        loader = _map_loader(trainer)
-        draw = generator(self.seed, "probe", trainer.current_epoch)
-        chosen = torch.randperm(len(loader.dataset), generator=draw)[:count].tolist()  # type: ignore[arg-type]
-        with random_state_kept(self.live.model):  # transforms draw from it
-            torch.manual_seed(stream_seed(self.seed, "probe's transforms", trainer.current_epoch))
+            return given_first((_pair(_on_device(trainer, batch)) for batch in self.probe), count)
+        loader, epoch = _map_loader(trainer), trainer.current_epoch
+        chosen = self.guest.chosen(count, len(loader.dataset), epoch)  # type: ignore[arg-type]
+        with random_state_kept(self.guest.live.model):  # transforms draw from it
+            torch.manual_seed(stream_seed(self.seed, "probe's transforms", epoch))
             return list(_read(trainer, loader, chosen))
 
     def _all_images(self, trainer: lightning.Trainer) -> Iterator[tuple[Tensor, Tensor]]:
         loader = _map_loader(trainer)
-        with random_state_kept(self.live.model):
+        with random_state_kept(self.guest.live.model):
             yield from _read(trainer, loader, range(len(loader.dataset)))  # type: ignore[arg-type]
 
     # -- the step ---------------------------------------------------------------------------------
@@ -230,47 +192,19 @@ class CLATCallback(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell where nobody uses the method."""
-        if self.live.calls == 0:
+        if self.guest.live.calls == 0:
             name = type(pl_module).__name__
             raise InputError(f"training_step of {name} has not called the callback; return callback(x, y).loss there")
-
-    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scale the rate for the length of the step, so that schedulers never see it."""
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * self.live.lr_scale
-
-    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate
-        self.live.step_end()
 
     # -- resuming ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what Lightning puts into its checkpoints."""
-        return {"epoch": self._epoch, "method": self.live.state_dict()}
+        return self.guest.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; Lightning has loaded the weights before."""
-        self._epoch = state_dict["epoch"]
-        self.live.load_state_dict(state_dict["method"])
-
-
-def _check_method(live: Live, method: Objective | Wrapper | Stack) -> None:
-    """Refuse what asks for more of a loop than Lightning's does."""
-    if live.own_parameters():
-        raise InputError(
-            f"{method.label} trains parameters of its own, which no LightningModule holds; `toughen train`"
-        )
-    if live.replays > 1:
-        raise InputError(
-            f"{method.label} uses each batch {live.replays} times, and Lightning takes one step for each; leave it to"
-            " `toughen train`"
-        )
-    for member in method.methods if isinstance(method, Stack) else (method,):
-        if getattr(member, "lr", "continue") == "restart" and getattr(member, "start_epoch", 0):
-            raise InputError(f"{member.label} lr='restart' has no effect on Lightning's schedulers; set lr='continue'")
+        self.guest.load_state_dict(state_dict)
 
 
 def _map_loader(trainer: lightning.Trainer) -> DataLoader[Any]:
