@@ -29,3 +29,11 @@ def test_clat_in_the_hugging_face_trainer(capsys):
 
     assert robust > 0.3
     assert "from epoch 12 on: net." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["plain_loop", "timm_model", "timm_task"])
+def test_clat_in_a_loop_of_ones_own(name, capsys):
+    robust = importlib.import_module(name).main()
+
+    assert robust > 0.3
+    assert "from epoch 4 on: " in capsys.readouterr().out
