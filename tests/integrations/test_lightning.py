@@ -143,6 +143,31 @@ def test_lora_and_averages_leave_a_plain_network_to_deploy(tmp_path):
     assert torch.equal(clat.deployed().eval()(x), module.model.eval()(x))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*was called without a model", "ignore:.*no last checkpoint", "ignore:.*ended before the epoch"
+)
+def test_what_is_saved_on_an_error_can_be_gone_on_from(tmp_path):
+    class Fails(lightning.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 2:
+                raise RuntimeError("the node is needed by somebody else")
+
+    method = tg.stack(tg.PGDAT(), tg.LoRA(rank=2))
+    whole, module = Classifier(), Classifier()
+    trainer(tmp_path, CLATCallback(method, attack=PGD)).fit(whole, loader())
+    clat = CLATCallback(method, attack=PGD)
+    saves = lightning.callbacks.OnExceptionCheckpoint(tmp_path)
+    with pytest.raises(RuntimeError, match="the node"):
+        trainer(tmp_path, clat, Fails(), saves, enable_checkpointing=True).fit(module, loader())
+    assert "training_step" not in vars(module)
+
+    trainer(tmp_path, clat).fit(module, loader(), ckpt_path=str(tmp_path / "on_exception.ckpt"))
+
+    assert module.state_dict().keys() == whole.state_dict().keys()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, module.state_dict()[name]), name
+
+
 def test_it_trains_under_mixed_precision(tmp_path):
     module = Classifier()
     before = copy.deepcopy(module.model.state_dict())

@@ -45,7 +45,7 @@ class Guest:
         self.selections: dict[int, Selection] = {}
         self._rates: list[Any] = []  # of the optimizer's groups, as scheduled
         self._handles: list[Any] = []
-        self._looked = False
+        self._looked = self._left = False
 
     def __call__(self, x: Tensor, y: Tensor) -> StepOutput:
         """Perturb a batch and return the loss on it.
@@ -117,12 +117,18 @@ class Guest:
         """Return which parameters ask for a gradient now."""
         return tuple(parameter.requires_grad for parameter in self.live.parameters())
 
-    def leave(self) -> None:
-        """Give network and optimizer back as before."""
+    def detach(self) -> None:
+        """Give the optimizer back."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self.live.release()
+
+    def leave(self) -> None:
+        """Give network and optimizer back as before, once."""
+        self.detach()
+        if not self._left:
+            self.live.release()
+        self._left = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values from which ``load_state_dict`` continues exactly."""

@@ -97,6 +97,8 @@ class CLATCallback(lightning.Callback):
         if stage != "fit":
             return
         self._check_trainer(trainer, pl_module)
+        if self._guest is not None:
+            self._guest.leave()
         model = getattr(pl_module, self.network, None)
         if not isinstance(model, nn.Module):
             names = ", ".join(name for name, _ in pl_module.named_children())
@@ -138,18 +140,19 @@ class CLATCallback(lightning.Callback):
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Give module and optimizer back."""
         if stage == "fit":
-            self._give_back(pl_module)
+            pl_module.__dict__.pop("training_step", None)
+            self.guest.leave()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Give module and optimizer back; Lightning does not tear down after an error."""
-        self._give_back(pl_module)
+        """Give step and optimizer back, since Lightning does not tear down after an error.
 
-    def _give_back(self, pl_module: lightning.LightningModule) -> None:
+        The network stays as it trains, for the checkpoint that may be written now; the next ``fit`` gives it back.
+        """
         pl_module.__dict__.pop("training_step", None)
         if self._guest is not None:
-            self._guest.leave()
+            self._guest.detach()
 
     # -- the epoch --------------------------------------------------------------------------------
 
@@ -199,8 +202,8 @@ class CLATCallback(lightning.Callback):
     # -- resuming ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what Lightning puts into its checkpoints."""
-        return self.guest.state_dict()
+        """Return what Lightning puts into its checkpoints; before ``fit`` there is nothing."""
+        return {} if self._guest is None else self._guest.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; Lightning has loaded the weights before."""
