@@ -11,7 +11,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch, request):
     monkeypatch.syspath_prepend(request.config.rootpath / "examples")
 
 
-@pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec")
 def test_clat_in_lightning(capsys):
     pytest.importorskip("lightning", reason="Lightning is not installed: toughen[lightning]")
