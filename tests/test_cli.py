@@ -24,7 +24,7 @@ from toughen.errors import InputError
 from toughen.evaluation import parse_attack
 from toughen.run_folder import RunFolder
 
-VERBS = ("train", "analyze", "evaluate", "transfer", "compare", "sweep", "list")
+VERBS = ("train", "analyze", "evaluate", "transfer", "compare", "report", "sweep", "list")
 DIGITS = [*SHRINK, "train.epochs=2", "branch_epoch=1"]
 
 
@@ -122,6 +122,29 @@ def test_help_and_version_exit_0(capsys):
         assert ended.value.code == 0
         text = capsys.readouterr().out
         assert all(word in text for word in expected)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("tr", {"train", "transfer"}),
+        ("train dig", {"digits"}),
+        ("evaluate runs/x --norm l", {"linf", "l2"}),
+        ("compare fol", {"folder"}),
+        ("analyze weights.pth --jso", {"--json"}),
+    ],
+)
+def test_bash_completes_verbs_recipes_choices_options_and_folders(capsys, tmp_path, words, expected):
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    (tmp_path / "folder").mkdir()
+    typed = f"toughen {words}".split()
+    asked = f"COMP_WORDS=({' '.join(typed)}); COMP_CWORD={len(typed) - 1}; _shtab_toughen; echo ${{COMPREPLY[*]}}"
+    script = f"{capsys.readouterr().out}\n{asked}\n"
+    said = subprocess.run(["bash"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert set(said.stdout.split()) == expected
 
 
 def test_the_example_of_each_help_is_accepted(toughen, capsys, monkeypatch, tmp_path, finished):

@@ -29,8 +29,9 @@ class RunFolder:
     object per epoch; ``criticality/epoch_NNNN.json`` a report per selection, named by the epochs done before it;
     ``checkpoints/last`` and ``checkpoints/best``, and ``checkpoints/validated`` where a collapse would go back to it,
     each with the one before it (``last.old``);
-    ``evals/CHECKPOINT/ATTACK.json``; ``branches/NAME`` runs that
-    continue this one; ``finished.json`` once it is complete; ``.lock`` while somebody writes.
+    ``evals/CHECKPOINT/ATTACK.json``, and the same under ``strength`` for attacks of several strengths;
+    ``examples/CHECKPOINT.safetensors`` a few images, clean and attacked; ``branches/NAME`` runs that continue this
+    one; ``finished.json`` once it is complete; ``.lock`` while somebody writes.
 
     Every JSON object ends with a checksum of itself; that of ``config.yaml`` is in ``provenance.json``.
     """
@@ -203,9 +204,19 @@ class RunFolder:
         Raises:
             InputError: One of them is damaged.
         """
-        files = sorted(self.evals(checkpoint).glob("*.json"))
-        results = {file: unsealed(read_text(file), file) for file in files}
-        return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
+        return _complete(self.evals(checkpoint))
+
+    def strengths(self, checkpoint: str) -> dict[str, dict[str, Any]]:
+        """Read what is in ``strength(checkpoint)``, as ``evaluations`` does."""
+        return _complete(self.strength(checkpoint))
+
+    def strength(self, checkpoint: str) -> Path:
+        """The folder of the evaluations of a checkpoint under attacks of several strengths."""
+        return self.path / "strength" / checkpoint
+
+    def examples(self, checkpoint: str) -> Path:
+        """The file of a few images, clean and attacked, and what a checkpoint says of them."""
+        return self.path / "examples" / f"{checkpoint}.safetensors"
 
     def write_finished(self, summary: Mapping[str, Any]) -> None:
         """Mark the run as complete.
@@ -235,6 +246,12 @@ class RunFolder:
     def branch(self, name: str) -> "RunFolder":
         """Return the folder of a branch, whether it exists yet or not."""
         return RunFolder(self.path / "branches" / name)
+
+
+def _complete(folder: Path) -> dict[str, dict[str, Any]]:
+    """The complete evaluations in a folder, by attack."""
+    results = {file: unsealed(read_text(file), file) for file in sorted(folder.glob("*.json"))}
+    return {found.get("attack", file.stem): found for file, found in results.items() if found.get("complete", True)}
 
 
 def file_name(text: str) -> str:

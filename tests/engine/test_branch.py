@@ -71,7 +71,9 @@ def test_a_branch_with_adapters_of_another_rank_begins_without_their_momentum(tm
 def test_the_automatic_rate_of_a_branch_goes_on_where_that_of_its_run_was(tmp_path, monkeypatch):
     robust = [0.5, 0.4, 0.3, 0.35, 0.36, 0.3]
     found = iter(robust)
-    monkeypatch.setattr(Trainer, "_validate", lambda self: {"clean": 0.9, "robust": next(found), "n": 20})
+    monkeypatch.setattr(
+        "toughen.engine.trainer.validate", lambda *_: {"validation": {"clean": 0.9, "robust": next(found), "n": 20}}
+    )
     run = train(
         tmp_path / "run",
         train={"epochs": 6, "schedule": "auto", "lr": 0.1},

@@ -91,7 +91,7 @@ def test_skipped_images_are_counted_in_each_epoch_also_after_a_cut(tmp_path: Pat
     plan = recipe(**changes)
     trainer = Trainer(plan, out=tmp_path / "run")
     if cut:
-        trainer._wishes._wish = 2  # as a signal would, before the first step
+        trainer._wishes._heard.append(2)  # as a signal would, before the first step
         with pytest.raises(Interrupted):
             trainer.fit()
         assert trainer.progress.step == 1

@@ -9,7 +9,9 @@ from toughen.errors import InputError, Notice
 def run_with(robust, folder, monkeypatch, **settings):
     """A run whose robust validation accuracies are given."""
     found = iter(robust)
-    monkeypatch.setattr(Trainer, "_validate", lambda self: {"clean": 0.9, "robust": next(found), "n": 20})
+    monkeypatch.setattr(
+        "toughen.engine.trainer.validate", lambda *_: {"validation": {"clean": 0.9, "robust": next(found), "n": 20}}
+    )
     return Trainer(recipe(train={"epochs": len(robust), "batch_size": 20, **settings}), out=folder).fit()
 
 
@@ -29,7 +31,9 @@ def test_a_collapse_ends_the_run_as_it_was_at_the_validation_before(tmp_path, mo
 )
 def test_a_collapse_takes_back_what_came_after_the_validation_before(tmp_path, monkeypatch, settings, robust):
     found = iter(robust)
-    monkeypatch.setattr(Trainer, "_validate", lambda self: {"clean": 0.9, "robust": next(found), "n": 20})
+    monkeypatch.setattr(
+        "toughen.engine.trainer.validate", lambda *_: {"validation": {"clean": 0.9, "robust": next(found), "n": 20}}
+    )
     section = {"epochs": 4, "batch_size": 20, "max_drop": 0.25, **settings}
     run = Trainer(recipe(train=section), out=tmp_path / "run").fit()
     last = checkpoint.read_state(run.checkpoints / "last")
@@ -40,11 +44,11 @@ def test_a_collapse_takes_back_what_came_after_the_validation_before(tmp_path, m
 
 
 def test_a_collapsed_run_that_is_cut_before_its_evaluation_does_not_train_again(tmp_path, monkeypatch):
-    def cut(self):
+    def cut(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_evaluate", cut)
+        patch.setattr("toughen.engine.trainer.evaluate_checkpoints", cut)
         with pytest.raises(Interrupted):
             run_with([0.3, 0.5, 0.2, 0.6], tmp_path / "run", patch, max_drop=0.25)
     seen = (tmp_path / "run" / "log.jsonl").read_text()

@@ -371,7 +371,7 @@ def test_what_dropout_draws_depends_on_the_step_alone(tmp_path):
     torch.manual_seed(2)
     state = torch.get_rng_state()
     stopped = Trainer(wanted, out=tmp_path / "stopped", model=network())
-    stopped._wishes._wish = 2  # as a signal would, before the first step
+    stopped._wishes._heard.append(2)  # as a signal would, before the first step
     with pytest.raises(Interrupted):
         stopped.fit()
     again = Trainer(wanted, out=tmp_path / "stopped", model=network(), resume=True).fit()

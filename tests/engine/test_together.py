@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from together import CASES, SHARDED, ended, main
+from together import CASES, OWN_NORM, SHARDED, ended, main
 from torch import Tensor
 
 from small_runs import recipe, train
@@ -74,6 +74,13 @@ def check_alike(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one_over_four_selections(ddp: tuple[Path, Path], name: str) -> None:
     check_alike(ddp[0] / name, ddp[1] / name)
+
+
+def test_the_statistics_of_a_norm_that_is_not_synchronised_stay_the_same_in_all_processes(tmp_path: Path) -> None:
+    [name] = OWN_NORM
+    torchrun(WORKER, tmp_path, "ddp", name)
+    first, second = ended(tmp_path / name).values()
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("name", SHARDED)

@@ -142,6 +142,33 @@ def test_the_logged_validation_is_what_an_evaluation_of_the_checkpoint_measures(
     assert logged == {"clean": results["clean"].accuracy, "robust": results["robust"].accuracy, "n": 20}
 
 
+def test_as_many_training_images_are_measured_the_same_each_time_so_that_the_gap_is_seen(tmp_path):
+    torch.manual_seed(0)
+    still = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # no batch norm, whose statistics would move
+    run = Trainer(recipe(train={"epochs": 2, "lr": 0.0}), out=tmp_path / "run", model=still).fit()
+    first, last = (row["training"] for row in run.log())
+    assert first == last
+    assert first["n"] == 20
+    assert first != run.log()[0]["validation"]
+
+
+def test_a_few_images_are_kept_with_what_the_attack_makes_of_them_and_what_the_network_says(tmp_path):
+    wanted = recipe()
+    run = Trainer(wanted, out=tmp_path / "run").fit()
+    splits = data.load(wanted.data)
+    model = create_model(wanted.model, splits)
+    checkpoint.load(run.checkpoints / "last", model)
+    kept = load_file(run.examples("last"))
+    assert torch.equal(kept["x"], next(iter(data.in_order(splits.test, batch_size=8, device="cpu"))).x)
+    away = (kept["x_adv"] - kept["x"]).abs().amax((1, 2, 3))
+    assert away.max() <= wanted.threat.eps + 1e-6
+    assert away.min() > 0
+    with torch.no_grad():
+        assert torch.equal(model.eval()(kept["x_adv"]).argmax(1), kept["predicted_adv"])
+        assert torch.equal(model(kept["x"]).argmax(1), kept["predicted"])
+    assert run.examples("best").is_file()
+
+
 def test_validation_happens_every_so_many_epochs_and_at_the_end(tmp_path):
     run = train(tmp_path / "run", train={"epochs": 5, "validate_every": 2})
     assert [row["epoch"] for row in run.log() if "validation" in row] == [2, 4, 5]

@@ -7,7 +7,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from small_runs import recipe
 from toughen import Trainer, processes
+from toughen.engine import trainer as training
 from toughen.engine.update import Updater
 from toughen.types import Batch
 
@@ -38,6 +40,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "Free-AT": [{"name": "free-at", "replays": 3}],
     "AutoLoRA": [{"name": "autolora", "rank": 2, "probe_size": 40}],
 }
+OWN_NORM = {"a norm of its own": [PGD_AT]}
 SHARDED: dict[str, list[dict[str, Any]]] = {  # a name that begins with ViT trains one
     "PGD-AT": CASES["PGD-AT"],
     "TRADES + CLAT": [{"name": "trades"}, {**CLAT, "select": "random"}],
@@ -68,21 +71,46 @@ def dies_once(at: int) -> None:
     Updater.update = killed  # type: ignore[method-assign]
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """A norm that may do more than PyTorch's, and so keeps statistics of its own images alone."""
+
+
+def net_with_own_norm() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), OwnNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+
+
 def vit() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"img_size": 8, "patch_size": 4, "depth": 3, "embed_dim": 24, "num_heads": 3}
     return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=10, **sizes)
 
 
+@contextmanager
+def trained_weights_kept(file: Path) -> Iterator[None]:
+    """Inside, what training ends with is written before the checkpoints are evaluated, which all processes read."""
+    evaluate = training.evaluate_checkpoints
+
+    def kept(model: nn.Module, *rest: Any) -> Any:
+        torch.save(model.state_dict(), file)
+        return evaluate(model, *rest)
+
+    training.evaluate_checkpoints = kept
+    try:
+        yield
+    finally:
+        training.evaluate_checkpoints = evaluate
+
+
 def main(folder: Path, cases: dict[str, list[dict[str, Any]]], names: Sequence[str], **settings: Any) -> None:
     for name in names:
         run = folder / name
         resume = (run / "config.yaml").exists()
-        model = vit() if name.startswith("ViT") else None
+        model = vit() if name.startswith("ViT") else net_with_own_norm() if name in OWN_NORM else None
         wanted = recipe(method=cases[name], train={"epochs": 5, **({"lr": 0.02} if model else {}), **settings})
         trainer = Trainer(wanted, out=run, model=model, resume=resume, show_progress=False)
-        trainer.fit()
-        torch.save(trainer.model.state_dict(), run / f"rank{processes.rank()}.pt")
+        with trained_weights_kept(run / f"rank{processes.rank()}.pt"):
+            trainer.fit()
 
 
 if __name__ == "__main__":
@@ -94,5 +122,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.killed:
         dies_once(at=8)
-    among = SHARDED if given.strategy == "fsdp" else CASES
+    among = SHARDED if given.strategy == "fsdp" else CASES | OWN_NORM
     main(given.folder, among, given.names, strategy=given.strategy, checkpoint_steps=1 if given.killed else None)

@@ -15,6 +15,7 @@ def row(epoch: int) -> dict[str, object]:
         "method": "PGD-AT",
         "losses": {"loss": 1.0},
         "lr": 0.1,
+        "images_per_second": 500.0,
         "seconds": 2.0,
         "validation": {"clean": 0.9, "robust": 0.412, "n": 20},
     }

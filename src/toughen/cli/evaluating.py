@@ -33,7 +33,7 @@ from toughen.report import plot_strength, plot_transfer
 from toughen.statistics import wilson_interval
 
 # what a run's own results were measured with; with another value, a result is not one of the run's
-_OF_THE_RUN = ("data", "samples", "eps", "norm", "step_size", "seed", "batch_size", "over", "accurate")
+_OF_THE_RUN = ("data", "samples", "eps", "norm", "step_size", "seed", "batch_size", "accurate")
 
 
 def run_evaluate(options: argparse.Namespace) -> None:
@@ -178,7 +178,8 @@ def _journal(options: argparse.Namespace, target: Target, images: Images) -> tup
     if target.run is None or _otherwise(options, target):
         return None, facts
     checkpoint = options.checkpoint or "last"
-    return target.run.evals(checkpoint), {"checkpoint": checkpoint, "epoch": target.epoch, **facts}
+    folder = target.run.evals(checkpoint) if options.over is None else target.run.strength(checkpoint)
+    return folder, {"checkpoint": checkpoint, "epoch": target.epoch, **facts}
 
 
 def _say_seen(name: str, target: Target, num_images: int, results: Mapping[str, EvalResult]) -> None:

@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from toughen import __version__
+from toughen.cli.completion import offer_completion
 from toughen.errors import InputError
 
 
@@ -140,6 +141,22 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     unasked = ("accurate", "alpha", "model", "width", "data", "image_size", "norm", "eps", "step_size", "seed")
     export.set_defaults(pretrained=False, device="cpu", **dict.fromkeys(unasked))
 
+    report = verb(
+        "report",
+        "Write a page about runs: tables, curves, criticality, images, costs, commands.",
+        "toughen report runs/small_cnn-digits",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="as in compare; a sweep stands for its runs")
+    report.add_argument(
+        "--each", action="store_true", help="a row for each run (default: one for runs that differ in train.seed alone)"
+    )
+    report.add_argument(
+        "--transfer", action="append", default=[], metavar="FILE", help="a matrix of `toughen transfer --json`"
+    )
+    report.add_argument(
+        "--out", metavar="FILE", help="the page (default: report.html in the run's folder; of several, here)"
+    )
+
     sweep = verb(
         "sweep",
         "Train a grid of settings and seeds on Ray; the same command goes on after a stop.",
@@ -166,6 +183,7 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
         help="for layers: as in analyze; for models: a pattern such as 'timm/vit_*'",
     )
     _add_target_options(list_)
+    offer_completion(parser)
     return parser
 
 

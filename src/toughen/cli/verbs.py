@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import os
 import shlex
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from toughen.attacks import PGD
 from toughen.cli.console import err, first_alone_speaks, note, out, say
 from toughen.cli.evaluating import run_evaluate, run_transfer
 from toughen.cli.files import check_output, write, write_plot
-from toughen.cli.sweeping import expanded
+from toughen.cli.reporting import run_compare, run_report
 from toughen.cli.target import check_samples, find_target
 from toughen.config import ATTACKS, load_recipe, packages_named, recipe_names, recipe_of
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
@@ -135,14 +134,6 @@ def _analyze(options: argparse.Namespace) -> None:
         write_plot(options.plot, lambda file: plot_report(report.to_dict(), file))
 
 
-def _compare(options: argparse.Namespace) -> None:
-    check_output(options.json)
-    comparison = compare_runs(expanded(options.runs), seeds="each" if options.each else "folded")
-    out.print(comparison_tables(comparison))
-    if options.json:
-        write(options.json, json.dumps(comparison.to_dict()))
-
-
 def _list(options: argparse.Namespace) -> None:
     if options.what == "layers":
         if options.target is None:
@@ -189,6 +180,7 @@ VERBS = {
     "analyze": _analyze,
     "evaluate": run_evaluate,
     "transfer": run_transfer,
-    "compare": _compare,
+    "compare": run_compare,
+    "report": run_report,
     "list": _list,
 }

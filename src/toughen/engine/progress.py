@@ -9,11 +9,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 console = Console(stderr=True)
 
@@ -21,9 +24,9 @@ console = Console(stderr=True)
 class EpochProgress:
     """Counts steps over all epochs of a run; says one line per epoch where there is no terminal."""
 
-    def __init__(self, bar: Progress | None, total: int, *, silent: bool = False) -> None:
+    def __init__(self, bar: Progress | None, *, total: int, done: int = 0, silent: bool = False) -> None:
         self._bar, self._silent = bar, silent
-        self._task = None if bar is None else bar.add_task("training", total=total, status="")
+        self._task = None if bar is None else bar.add_task("training", total=total, completed=done, status="")
 
     def at(self, step: int) -> None:
         """Set the number of steps done."""
@@ -39,10 +42,21 @@ class EpochProgress:
 
 
 @contextmanager
-def epoch_progress(title: str, *, total: int, show: bool, silent: bool = False) -> Iterator[EpochProgress]:
-    """Show the progress of a run inside the ``with``; without ``show`` only in lines, with ``silent`` not at all."""
+def epoch_progress(
+    title: str, *, total: int, done: int, images_per_step: int, show: bool, silent: bool = False
+) -> Iterator[EpochProgress]:
+    """Show the progress of a run inside the ``with``.
+
+    Args:
+        title: What runs.
+        total: Steps of the run.
+        done: Steps that were done before.
+        images_per_step: Of all processes.
+        show: Whether to draw a bar where there is a terminal; a pipe and a notebook have lines.
+        silent: Whether to show nothing at all.
+    """
     if silent or not (show and console.is_terminal):
-        yield EpochProgress(None, total, silent=silent)
+        yield EpochProgress(None, total=total, silent=silent)
         return
     columns = (
         TextColumn(title),
@@ -51,10 +65,20 @@ def epoch_progress(title: str, *, total: int, show: bool, silent: bool = False) 
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        _ImagesPerSecond(images_per_step),
         TextColumn("{task.fields[status]}"),
     )
     with Progress(*columns, console=console) as bar:
-        yield EpochProgress(bar, total)
+        yield EpochProgress(bar, total=total, done=done)
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def __init__(self, per_step: int) -> None:
+        super().__init__()
+        self._per_step = per_step
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed * self._per_step:.0f} images/s")
 
 
 @contextmanager
@@ -97,4 +121,4 @@ def epoch_line(run: str, row: dict[str, Any]) -> str:
     if "validation" in row:
         measured = row["validation"]
         parts.append(f"validation clean {measured['clean']:.3f} robust {measured['robust']:.3f} (n={measured['n']})")
-    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+    return "  ".join([*parts, f"{row['images_per_second']:.0f} images/s", f"{row['seconds']:.1f} s"])

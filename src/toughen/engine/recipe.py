@@ -122,6 +122,8 @@ class TrainSettings:
         compile: Whether ``torch.compile`` takes over the network's forward. It works for a minute or two at the start
             and after each selection; results are equal up to rounding.
         checkpoint_steps: Steps between extra checkpoints inside an epoch; None writes one per epoch.
+        logger: Where the numbers of each epoch go beside ``log.jsonl``: ``"tensorboard"`` (in the run folder),
+            ``"wandb"``, ``"trackio"`` or ``"mlflow"``, each an extra of the same name.
         nonfinite: What to do where a gradient is not finite. The step is left out in any case; ``"stop"`` then ends the
             run and keeps the batch for inspection, ``"skip"`` counts it in the log and goes on.
 
@@ -152,6 +154,7 @@ class TrainSettings:
     precision: Literal["auto", "32-true", "bf16-mixed"] = "auto"
     compile: bool = False
     checkpoint_steps: int | None = None
+    logger: Literal["tensorboard", "wandb", "trackio", "mlflow"] | None = None
     nonfinite: Literal["stop", "skip"] = "stop"
 
     def __post_init__(self) -> None:

@@ -2,8 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from torch import nn
 from toughen import data as datasets
 from toughen import models, processes
 from toughen.criticality.selection import Selection
-from toughen.data import DataSplits, Images
+from toughen.data import DataSplits
 from toughen.engine import checkpoint, epoch_sums
+from toughen.engine.accuracy import evaluate_checkpoints, in_order, validate
 from toughen.engine.auto_rate import halvings
 from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import check_compiler, make_fabric
@@ -23,14 +23,14 @@ from toughen.engine.faults import LOOK_EVERY, FaultWatch, check_finite, collapse
 from toughen.engine.flops import flops_per_image
 from toughen.engine.open_run import create_run, open_run
 from toughen.engine.optim import make_optimizer
-from toughen.engine.progress import EpochProgress, attack_progress, epoch_line, epoch_progress, epoch_status
+from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, epoch_status
 from toughen.engine.recipe import Recipe
 from toughen.engine.run_state import Progress, RunState
 from toughen.engine.sharding import sharded
+from toughen.engine.tracking import Tracker, check_tracker, tracked
 from toughen.engine.update import Updater
 from toughen.engine.wishes import Wishes
 from toughen.errors import InputError, Notice
-from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack
 from toughen.layers import compile_forward, synchronise_norms
 from toughen.layers.taps import random_state_kept
 from toughen.objectives import PGDAT, Live
@@ -86,13 +86,14 @@ class Trainer:
         self.model.to(memory_format=torch.channels_last)
         if processes.count() > 1 and self.settings.batch_norm == "sync":
             synchronise_norms(self.model)
+        check_tracker(self.settings.logger)
         if self.settings.compile:
             check_compiler(self.settings)
             compile_forward(self.model)
         self.loader = training_loader(recipe, self.data, self.device)
         check_methods(recipe, self.model, self.data)
         self.show_progress = show_progress
-        self._wishes = Wishes()
+        self._wishes, self._tracker = Wishes(), Tracker()
         self.folder = processes.by_first(
             lambda: open_run(out, self.data) if resume else create_run(out, recipe, self.data, self.device)
         )
@@ -138,17 +139,18 @@ class Trainer:
                 held.enter_context(self.folder.locked())
 
             processes.by_first(lock)
-            self._fit()
+            with tracked(self.settings.logger, self.folder) as self._tracker:
+                self._train()
+            self._branches()
+            facts = {"epochs": self.progress.epoch, "method": self.recipe.method.label, **self.live.facts()}
+            processes.by_first(lambda: self.folder.write_finished(facts))
         return self.folder
 
-    def _fit(self) -> None:
-        total = self.recipe.stop_epoch * self.loader.steps_per_epoch
+    def _train(self) -> None:
         with (
             self._wishes.heard(),
             random_state_kept(self.model),
-            epoch_progress(
-                self._title(), total=total, show=self.show_progress, silent=processes.rank() > 0
-            ) as progress,
+            self._shown_progress() as progress,
         ):
             while self.progress.epoch < self.recipe.stop_epoch and not self._over():
                 self._epoch(progress)
@@ -157,9 +159,12 @@ class Trainer:
         self.live.release()
         try:
             with processes.sigterm_interrupts():
-                self._evaluate()
+                measured = evaluate_checkpoints(self.model, self.data, self.recipe, self.folder)
         except KeyboardInterrupt:
             raise Interrupted from None
+        self._tracker.log({"test": measured}, epoch=self.progress.epoch)
+
+    def _branches(self) -> None:
         for name, recipe in self.recipe.branches.items():
             folder = self.folder.branch(name)
             Trainer(
@@ -171,8 +176,6 @@ class Trainer:
                 resume=folder.config_file.is_file(),
                 show_progress=self.show_progress,
             ).fit()
-        facts = {"epochs": self.progress.epoch, "method": self.recipe.method.label, **self.live.facts()}
-        processes.by_first(lambda: self.folder.write_finished(facts))
 
     def _epoch(self, progress: EpochProgress) -> None:
         now = self.progress
@@ -233,6 +236,9 @@ class Trainer:
     def _write_selection(self, selection: Selection) -> None:
         report = {"epoch": selection.epoch, "selected": selection.layers, **selection.report.to_dict()}
         processes.by_first(lambda: self.folder.write_report(selection.epoch, report))
+        self._tracker.log(
+            {"criticality": {row.name: row.criticality for row in selection.report.rows}}, epoch=selection.epoch
+        )
 
     def _step(self, batch: Batch) -> None:
         for group in self.optimizer.param_groups:
@@ -283,9 +289,9 @@ class Trainer:
             "pgd_at_gflops_per_image": now.pgd_at_flops / 1e9,
             **self.live.facts(),
         }
-        self.live.epoch_end((batch.x, batch.y) for batch in self._batches(self.data.train))
+        self.live.epoch_end((batch.x, batch.y) for batch in in_order(self.data.train, self.recipe, self.device))
         if epoch % self.settings.validate_every == 0 or epoch == self.recipe.stop_epoch:
-            row["validation"] = self._validate()
+            row |= validate(self._state.network(), self.data, self.recipe)
         fell = collapse(now.log, row, max_drop=self.settings.max_drop)
         if fell is not None and self.settings.max_drop is not None:
             self._stop_collapsed(row, progress)
@@ -310,6 +316,7 @@ class Trainer:
         if self.settings.schedule == "auto" and now.epoch in self._halvings():
             self._state.take_up_best()
         processes.by_first(lambda: self.folder.write_log(now.log))
+        self._tracker.log(row, epoch=epoch)
         if self.settings.max_drop is not None and "validation" in row:
             self._state.save("validated")
         self._state.save("last")
@@ -339,12 +346,20 @@ class Trainer:
 
     def _finish(self) -> None:
         """Let the method choose on held-out images, and keep the network that it then means."""
-        self.live.finish((batch.x, batch.y) for batch in self._batches(self.data.validation))
+        self.live.finish((batch.x, batch.y) for batch in in_order(self.data.validation, self.recipe, self.device))
         if self.live.deployed() is not self.model:
             self._state.save("last")
 
-    def _title(self) -> str:
-        return f"{self.folder.path.name}: {self.recipe.method.label}"
+    def _shown_progress(self) -> AbstractContextManager[EpochProgress]:
+        steps, now = self.loader.steps_per_epoch, self.progress
+        return epoch_progress(
+            f"{self.folder.path.name}: {self.recipe.method.label}",
+            total=self.recipe.stop_epoch * steps,
+            done=now.epoch * steps + now.step,
+            images_per_step=self.settings.batch_size,
+            show=self.show_progress,
+            silent=processes.rank() > 0,
+        )
 
     def _means(self) -> dict[str, float]:
         """The mean of each loss term over the steps of this epoch so far; refuses to go on if one is not finite."""
@@ -366,37 +381,6 @@ class Trainer:
     def _trainable_share(self) -> float:
         trainable: int = sum(parameter.numel() for parameter in self.live.trainable())
         return trainable / sum(parameter.numel() for parameter in self.live.parameters())
-
-    # -- measuring --------------------------------------------------------------------------------
-
-    def _validate(self) -> dict[str, Any]:
-        """Clean and robust accuracy on the held-out part of the training data, with the attack of the run."""
-        attacks = [EvalAttack("clean", None), EvalAttack("robust", self.recipe.attack)]
-        network = self._state.network()
-        results = evaluate(network, self._batches(self.data.validation), attacks, seed=self.settings.seed, sanity=False)
-        return {**{name: result.accuracy for name, result in results.items()}, "n": results["clean"].n}
-
-    def _evaluate(self) -> None:
-        """Measure the last and the best checkpoint on test images; what is on disk already is kept."""
-        wanted, recipe = self.recipe.evaluate, self.recipe
-        attacks = [parse_attack(n, threat=recipe.threat, step_size=recipe.test_step_size) for n in wanted.attacks]
-        images = self.data.test.subset(slice(wanted.samples))
-        for name in ("best", "last"):
-            state = checkpoint.load(self.folder.checkpoints / name, self.model)
-            facts = {"checkpoint": name, "epoch": state["epoch"], **facts_of(self.model, images)}
-            with attack_progress() as progress:
-                evaluate(
-                    self.model,
-                    self._batches(images),
-                    attacks,
-                    seed=self.settings.seed,
-                    batch_size=recipe.test_batch_size,
-                    journal=Journal(self.folder.evals(name), facts),
-                    progress=progress if processes.rank() == 0 else None,
-                )
-
-    def _batches(self, images: Images) -> Iterable[Batch]:
-        return datasets.in_order(images, batch_size=self.recipe.test_batch_size, device=self.device)
 
     # -- stopping and resuming --------------------------------------------------------------------
 

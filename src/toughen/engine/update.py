@@ -11,6 +11,7 @@ from torch.nn.utils import get_total_norm
 from toughen import processes
 from toughen.engine.recipe import TrainSettings
 from toughen.engine.sharding import is_sharded, whole
+from toughen.layers import has_local_norms
 from toughen.objectives import Live
 from toughen.rng import Share, stream_seed
 from toughen.types import Batch
@@ -49,6 +50,7 @@ class Updater:
         self._wrapped: nn.Module | None = None
         self._trains: tuple[bool, ...] = ()
         self._is_sharded = is_sharded(live.model)
+        self._has_local_norms = has_local_norms(live.model)
 
     def epoch_start(self) -> None:
         """Take note of what trains now: DDP exchanges what asked for a gradient when it was made, and nothing else."""
@@ -103,7 +105,7 @@ class Updater:
             self.optimizer.step()
         if before is not None:
             after = processes.packed(statistics)
-            if self.settings.batch_norm == "local":
+            if self._has_local_norms:
                 processes.average([after])
             processes.unpack(torch.where(spoiled, before, after), statistics)
         self.live.step_end()

@@ -16,7 +16,7 @@ class Wishes:
     """Ctrl-C, SIGTERM (to stop) and SIGUSR1 (to write a checkpoint), which a loop fulfils after the step under way."""
 
     def __init__(self) -> None:
-        self._wish = 0
+        self._heard: list[int] = []
         self.save = self.stop = False
 
     @contextmanager
@@ -24,7 +24,7 @@ class Wishes:
         """Inside, a signal is a wish rather than the end."""
 
         def ask(number: int, _frame: FrameType | None) -> None:
-            self._wish = max(self._wish, _SIGNALS[signal.Signals(number)])
+            self._heard.append(_SIGNALS[signal.Signals(number)])
 
         try:
             before = {number: signal.signal(number, ask) for number in _SIGNALS}
@@ -38,8 +38,8 @@ class Wishes:
 
     def look(self) -> None:
         """Let ``save`` and ``stop`` say what was asked for since; of several processes all say what one was asked."""
-        wish = processes.most(self._wish)
-        self.stop = wish == _STOP
+        mine = [*self._heard]
+        del self._heard[: len(mine)]  # what comes meanwhile stays for the next look
+        wish = processes.most(max(mine, default=0))
         self.save = wish >= _SAVE
-        if self._wish == _SAVE:
-            self._wish = 0
+        self.stop = self.stop or wish == _STOP

@@ -1,6 +1,7 @@
 """Evaluation of any model: clean and attacked accuracy, per sample."""
 
 from toughen.evaluation.evaluate import Attacked, Progress, evaluate
+from toughen.evaluation.examples import keep_examples
 from toughen.evaluation.journal import Journal, facts_of
 from toughen.evaluation.masking import check_model
 from toughen.evaluation.outcomes import EvalResult, Flag, Stage
@@ -24,6 +25,7 @@ __all__ = [
     "check_transfer",
     "evaluate",
     "facts_of",
+    "keep_examples",
     "parse_attack",
     "transfer",
 ]

@@ -25,7 +25,7 @@ class SyncedBatchNorm(_BatchNorm):
         if not self.training or processes.count() == 1:
             return super().forward(x)
         channels, rest = [1, -1, *[1] * (x.dim() - 2)], [0, *range(2, x.dim())]
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         # with the number of values: parts differ where images were skipped
         whole = _Summed.apply(torch.cat([wide.sum(rest), wide.new_tensor([wide.numel() / wide.shape[1]])]))
         size = whole[-1].detach()
@@ -84,6 +84,11 @@ def synchronise_norms(model: nn.Module) -> None:
 def is_synchronised(model: nn.Module) -> bool:
     """Whether any batch norm takes its statistics from all processes."""
     return any(isinstance(module, SyncedBatchNorm) for module in model.modules())
+
+
+def has_local_norms(model: nn.Module) -> bool:
+    """Whether any batch norm takes its statistics from this process's images alone."""
+    return any(isinstance(module, _BatchNorm) and not isinstance(module, SyncedBatchNorm) for module in model.modules())
 
 
 def _synchronised(norm: Any) -> SyncedBatchNorm:

@@ -2,6 +2,7 @@
 
 from toughen.report.comparison import Comparison, compare_runs
 from toughen.report.figures import plot_criticality, plot_report, plot_strength, plot_training, plot_transfer
+from toughen.report.page import report_page
 from toughen.report.tables import comparison_tables
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "plot_strength",
     "plot_training",
     "plot_transfer",
+    "report_page",
 ]
