@@ -11,6 +11,8 @@ from toughen.config import read_document, resolve
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# what the code of a page needs beyond the package itself
+EXTRAS = {"docs/integrations.md": ("lightning", "onnxruntime", "transformers")}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -21,8 +23,11 @@ def ids(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*LeafSpec")  # Lightning's
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
 def test_the_python_blocks_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in EXTRAS.get(ids(page), ()):
+        pytest.importorskip(package, reason=f"{package} is not installed; the extra test has it")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")
     namespace: dict[str, Any] = {}

@@ -118,6 +118,29 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     )
     compare.add_argument("--json", metavar="FILE", help="write all figures, with their intervals")
 
+    export = verb(
+        "export",
+        "Hand a trained network on: weights with a model card, ONNX, RobustBench's form, the Hugging Face hub.",
+        "toughen export runs/small_cnn-digits --to exported --license apache-2.0",
+    )
+    export.add_argument("target", metavar="RUN", help="a run folder, or a branch of one")
+    export.add_argument("--to", required=True, metavar="FOLDER", help="new, empty, or of an earlier export")
+    export.add_argument(
+        "--format",
+        default="safetensors",
+        metavar="NAME,NAME",
+        help="safetensors, onnx, robustbench (default: %(default)s)",
+    )
+    export.add_argument("--checkpoint", choices=("last", "best"), help="(default: last)")
+    export.add_argument("--name", help="what the card calls it (default: the folder's name)")
+    export.add_argument("--license", metavar="ID", help="of the weights, for the card: apache-2.0, mit, cc-by-4.0, ...")
+    export.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload the folder to the Hugging Face hub")
+    export.add_argument("--private", action="store_true", help="a repository that is made there is not public")
+    _add_allow_code(export)
+    # what other verbs ask about their TARGET, and a run knows
+    unasked = ("accurate", "alpha", "model", "width", "data", "image_size", "norm", "eps", "step_size", "seed")
+    export.set_defaults(pretrained=False, device="cpu", **dict.fromkeys(unasked))
+
     report = verb(
         "report",
         "Write a page about runs: tables, curves, criticality, images, costs, commands.",
@@ -184,7 +207,9 @@ def _add_allow_code(parser: Parser) -> None:
 
 
 def _add_target(parser: Parser) -> None:
-    parser.add_argument("target", metavar="TARGET", help="a run folder, a weights file with --model, or a model spec")
+    parser.add_argument(
+        "target", metavar="TARGET", help="a run folder, an exported one, a weights file with --model, or a model spec"
+    )
     _add_target_options(parser)
 
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from toughen import data, models
 from toughen.cli.console import note
-from toughen.config import network_of, recipe_of
+from toughen.config import Permission, network_of, recipe_of
 from toughen.data import DataSplits
 from toughen.engine import ModelSettings, Recipe, checkpoint, create_model, pick_device
 from toughen.errors import InputError
-from toughen.models import MODELS
+from toughen.models import MODELS, Exported
 from toughen.models.create import FOLDERS
 from toughen.run_folder import RunFolder
 from toughen.types import ThreatModel
@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
 
 def find_target(options: argparse.Namespace) -> Target:
-    """Resolve TARGET: a run folder, a weights file with --model, or a model spec; with --accurate it is mixed.
+    """Resolve TARGET: a run folder, an exported one, a weights file with --model, or a model spec; --accurate mixes it.
 
     Raises:
         InputError: It is none of these, or an option does not go with it.
@@ -58,6 +58,8 @@ def find_target(options: argparse.Namespace) -> Target:
 
 def _found(options: argparse.Namespace) -> Target:
     given = Path(options.target)
+    if given.is_dir() and models.is_exported(given):
+        return _exported(options, given)
     if given.is_dir() and not models.is_spec(options.target):
         return _run(options, RunFolder.open(given))
     if options.checkpoint is not None:
@@ -103,6 +105,30 @@ def _run(options: argparse.Namespace, run: RunFolder) -> Target:
     threat, step_size = _threat(options, recipe)
     seed = recipe.train.seed if options.seed is None else options.seed
     return Target(model.to(device), splits, threat, step_size, seed, recipe.test_batch_size, run, state["epoch"])
+
+
+def _exported(options: argparse.Namespace, folder: Path) -> Target:
+    for flag in ("model", "width", "pretrained", "checkpoint"):
+        if getattr(options, flag, None):
+            raise InputError(f"{folder} is an exported network, which knows its model; leave --{flag} out")
+    said = Exported.read(folder)
+    Permission.of_user(str(folder), options.allow_code).check(said.model)
+    if options.data is None and said.data != "digits":
+        raise InputError(f"{folder} was trained on {said.data}; say where its images are with --data")
+    splits = _splits(options, None)
+    channels, classes = splits.train.shape[0], len(splits.train.classes)
+    if (channels, classes) != (said.image_shape[0], len(said.classes)):
+        raise InputError(
+            f"{folder} takes {said.image_shape[0]} channels to {len(said.classes)} classes, and {splits.name} has"
+            f" {channels} channels and {classes} classes; give other images with --data"
+        )
+    model = models.load(folder, allow_code=True).to(pick_device(options.device))
+    models.check_fit(model, image_shape=splits.train.shape, num_classes=classes)
+    threat = ThreatModel(norm=options.norm or said.norm, eps=said.eps if options.eps is None else options.eps)
+    step_size = options.step_size
+    if step_size is None:
+        step_size = said.step_size if options.eps is None else threat.eps / 4
+    return Target(model, splits, threat, step_size, options.seed or 0)
 
 
 def _of_file(options: argparse.Namespace, file: Path) -> ModelSettings:

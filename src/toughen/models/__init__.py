@@ -4,6 +4,7 @@
 from toughen.models import densenet, preact_resnet, rawrn, resnet, silu_wide_resnet, small_cnn, vgg, wide_resnet  # noqa: F401
 from toughen.models.adaptive_smoothing import MixtureOptions, SmoothedMixture, mix
 from toughen.models.create import check_spec, create, is_spec, model_names
+from toughen.models.exported import Exported, is_exported, load
 from toughen.models.fit import check_fit
 from toughen.models.normalize import Normalize
 from toughen.models.registry import MODELS
@@ -12,6 +13,7 @@ from toughen.models.weights import fit_weights, load_weights, restore_weights
 
 __all__ = [
     "MODELS",
+    "Exported",
     "MixtureOptions",
     "Normalize",
     "SmoothedMixture",
@@ -19,7 +21,9 @@ __all__ = [
     "check_spec",
     "create",
     "fit_weights",
+    "is_exported",
     "is_spec",
+    "load",
     "load_weights",
     "mix",
     "model_names",
