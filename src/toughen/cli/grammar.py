@@ -124,7 +124,7 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
         "toughen export runs/small_cnn-digits --to exported --license apache-2.0",
     )
     export.add_argument("target", metavar="RUN", help="a run folder, or a branch of one")
-    export.add_argument("--to", required=True, metavar="FOLDER", help="new, empty, or of an earlier export")
+    export.add_argument("--to", required=True, metavar="DIR", help="new, empty, or of an earlier export")
     export.add_argument(
         "--format",
         default="safetensors",
