@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from toughen.cli.console import note
-from toughen.cli.exporting import run_export
 from toughen.cli.grammar import make_parser
-from toughen.cli.sweeping import run_sweep
 from toughen.cli.verbs import VERBS
 from toughen.engine import Interrupted
 from toughen.errors import InputError, Notice
@@ -25,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done; 2 the user's mistake, told in one line; 130 stopped by Ctrl-C, with the checkpoint written.
     """
     try:
-        options, rest = make_parser({**VERBS, "export": run_export, "sweep": run_sweep}).parse_known_args(arguments)
+        options, rest = make_parser(VERBS).parse_known_args(arguments)
         if rest and (options.verb != "train" or any(word.startswith("-") for word in rest)):
             raise InputError(f"unrecognized arguments: {' '.join(rest)} (see `toughen --help`)")
         if rest:  # recipe and overrides may stand on both sides of an option

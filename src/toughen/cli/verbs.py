@@ -16,8 +16,10 @@ from toughen import data, models, processes
 from toughen.attacks import PGD
 from toughen.cli.console import err, first_alone_speaks, note, out, say
 from toughen.cli.evaluating import run_evaluate, run_transfer
+from toughen.cli.exporting import run_export
 from toughen.cli.files import check_output, write, write_plot
 from toughen.cli.reporting import run_compare, run_report
+from toughen.cli.sweeping import run_sweep
 from toughen.cli.target import check_samples, find_target
 from toughen.config import ATTACKS, load_recipe, packages_named, recipe_names, recipe_of
 from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
@@ -182,5 +184,7 @@ VERBS = {
     "transfer": run_transfer,
     "compare": run_compare,
     "report": run_report,
+    "export": run_export,
+    "sweep": run_sweep,
     "list": _list,
 }
