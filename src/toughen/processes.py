@@ -171,11 +171,20 @@ def join() -> None:
     """Let the processes that ``torchrun`` started know one another; each has a GPU of its own where there are.
 
     Plain values travel over gloo also where there are GPUs, so that no device has to wait for them.
+
+    Raises:
+        InputError: They are more than the GPUs of this machine.
     """
     if started() == 1 or dist.is_initialized():
         return
     backend = "gloo"
     if torch.cuda.is_available():
+        here, there_are = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > there_are:
+            raise InputError(
+                f"torchrun started {here} processes on a machine with {there_are} GPUs, and each needs its own; set"
+                f" --nproc-per-node {there_are}, or hide the GPUs to work on CPUs: CUDA_VISIBLE_DEVICES="
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     store, mine, everyone = next(rendezvous("env://"))
@@ -199,17 +208,22 @@ def joined() -> Iterator[None]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM ends the work as Ctrl-C does: by a ``KeyboardInterrupt``, so that what is done can be kept."""
+    """Inside, SIGTERM ends the work as Ctrl-C does: by a ``KeyboardInterrupt``, so that what is done can be kept.
+
+    SIGUSR1, by which a batch system asks for that, is no end: such work keeps what is done as it goes.
+    """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
+    meant = {signal.SIGTERM: interrupt, signal.SIGUSR1: signal.SIG_IGN}
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
+        before = {number: signal.signal(number, handler) for number, handler in meant.items()}
     except ValueError:  # not the main thread: the signals belong to somebody else
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from together import CASES, OWN_NORM, SHARDED, ended, main
+from together import BRANCHED, CASES, OWN_NORM, PGD_AT, SHARDED, ended, main
 from torch import Tensor
 
-from small_runs import recipe, train
-from toughen import Trainer
+from small_runs import clat, recipe, resume, train
+from toughen import Trainer, processes
+from toughen.engine import Interrupted
+from toughen.engine.run_state import RunState
 from toughen.errors import InputError
 from toughen.run_folder import RunFolder
 
@@ -77,10 +80,42 @@ def test_two_processes_train_as_one_over_four_selections(ddp: tuple[Path, Path],
 
 
 def test_the_statistics_of_a_norm_that_is_not_synchronised_stay_the_same_in_all_processes(tmp_path: Path) -> None:
-    [name] = OWN_NORM
-    torchrun(WORKER, tmp_path, "ddp", name)
-    first, second = ended(tmp_path / name).values()
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    torchrun(WORKER, tmp_path, "ddp", *OWN_NORM)
+    for name in OWN_NORM:
+        first, second = ended(tmp_path / name).values()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_branch_may_normalise_by_the_images_of_a_process_where_its_run_does_not(tmp_path: Path) -> None:
+    [name] = BRANCHED
+    torchrun(WORKER, tmp_path / "two", "ddp", name)
+    main(tmp_path / "one", BRANCHED, [name])
+    folders = [[tmp_path / number / name, tmp_path / number / name / "branches" / "local"] for number in ("one", "two")]
+    (run, branch), (run_of_two, branch_of_two) = (
+        [load_file(folder / "checkpoints" / "last" / "weights.safetensors") for folder in both] for both in folders
+    )
+    assert largest_difference(run, run_of_two) < 1e-6
+    assert largest_difference(branch, branch_of_two) > 1e-4
+
+
+def test_perturbations_that_one_process_stored_are_taken_up_by_two(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of a single batch, so that one of the two has none."""
+    save = RunState.save
+
+    def saved_and_stopped(self: RunState, name: str) -> None:
+        save(self, name)
+        raise Interrupted
+
+    plan = {"epochs": 3, "batch_size": 60, "checkpoint_steps": 1}
+    wanted = recipe(method=[PGD_AT, {"name": "carry-over"}], train=plan)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(RunState, "save", saved_and_stopped)
+        Trainer(wanted, out=tmp_path / "run").fit()
+    shutil.copytree(tmp_path / "run", tmp_path / "two")
+    torchrun("-m", "toughen", "train", "--resume", tmp_path / "two")
+    resume(tmp_path / "run")
+    one, two = (load_file(tmp_path / run / "checkpoints" / "last" / "weights.safetensors") for run in ("run", "two"))
+    assert largest_difference(one, two) < 1e-6
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -110,6 +145,24 @@ def test_the_command_line_trains_in_several_processes_and_speaks_once(tmp_path: 
     assert done.stdout.count("accuracy on 40 test images") == 1
     assert done.stderr.count("epoch   2") == 1
     assert RunFolder(tmp_path / "run").finished
+
+
+def test_statistics_that_stand_still_are_not_touched_by_their_mean_over_the_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mean_of_three(tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.copy_((tensor + tensor + tensor) / 3)  # a seventh of all numbers comes back as another one
+
+    trainer = Trainer(recipe(**clat()), out=tmp_path / "run")
+    for buffer in trainer.model.buffers():
+        if buffer.is_floating_point():
+            buffer.add_(torch.rand(buffer.shape))
+    before = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    monkeypatch.setattr(processes, "average", mean_of_three)
+    trainer.fit()
+    still = [torch.equal(buffer, before[name]) for name, buffer in trainer.model.named_buffers()]
+    assert all(still)
 
 
 def test_a_batch_in_parts_trains_as_one_in_one_piece(tmp_path: Path) -> None:

@@ -28,3 +28,10 @@ def test_a_signal_that_comes_while_the_processes_agree_is_heard_at_the_next_look
         assert (wishes.save, wishes.stop) == (True, stops)
         wishes.look()
         assert (wishes.save, wishes.stop) == (False, stops)
+
+
+def test_a_wish_to_stop_that_comes_after_the_last_look_is_not_lost() -> None:
+    wishes = Wishes()
+    with pytest.raises(KeyboardInterrupt), wishes.heard():
+        wishes.look()
+        os.kill(os.getpid(), signal.SIGTERM)

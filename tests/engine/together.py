@@ -40,7 +40,12 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "Free-AT": [{"name": "free-at", "replays": 3}],
     "AutoLoRA": [{"name": "autolora", "rank": 2, "probe_size": 40}],
 }
-OWN_NORM = {"a norm of its own": [PGD_AT]}
+# what a case sets beside its method
+SECTIONS: dict[str, dict[str, Any]] = {
+    "a branch with local norms": {"branch_epoch": 2, "branches": {"local": {"train": {"batch_norm": "local"}}}},
+}
+BRANCHED = dict.fromkeys(SECTIONS, [PGD_AT])
+OWN_NORM = {"a norm of its own": [PGD_AT], "a norm of its own, averaged": [PGD_AT, {"name": "swa"}]}
 SHARDED: dict[str, list[dict[str, Any]]] = {  # a name that begins with ViT trains one
     "PGD-AT": CASES["PGD-AT"],
     "TRADES + CLAT": [{"name": "trades"}, {**CLAT, "select": "random"}],
@@ -77,7 +82,8 @@ class OwnNorm(nn.BatchNorm2d):
 
 def net_with_own_norm() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), OwnNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 10))
+    features = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), OwnNorm(4), nn.ReLU())
+    return nn.Sequential(*features, nn.Flatten(), nn.Linear(4 * 16, 10))
 
 
 def vit() -> nn.Module:
@@ -87,12 +93,13 @@ def vit() -> nn.Module:
 
 
 @contextmanager
-def trained_weights_kept(file: Path) -> Iterator[None]:
+def trained_weights_kept(trainer: Trainer, file: Path) -> Iterator[None]:
     """Inside, what training ends with is written before the checkpoints are evaluated, which all processes read."""
     evaluate = training.evaluate_checkpoints
 
     def kept(model: nn.Module, *rest: Any) -> Any:
-        torch.save(model.state_dict(), file)
+        deployed = {f"deployed.{name}": value for name, value in trainer._state.network().state_dict().items()}
+        torch.save({**model.state_dict(), **deployed}, file)
         return evaluate(model, *rest)
 
     training.evaluate_checkpoints = kept
@@ -107,9 +114,10 @@ def main(folder: Path, cases: dict[str, list[dict[str, Any]]], names: Sequence[s
         run = folder / name
         resume = (run / "config.yaml").exists()
         model = vit() if name.startswith("ViT") else net_with_own_norm() if name in OWN_NORM else None
-        wanted = recipe(method=cases[name], train={"epochs": 5, **({"lr": 0.02} if model else {}), **settings})
+        sections = {"method": cases[name], **SECTIONS.get(name, {})}
+        wanted = recipe(**sections, train={"epochs": 5, **({"lr": 0.02} if model else {}), **settings})
         trainer = Trainer(wanted, out=run, model=model, resume=resume, show_progress=False)
-        with trained_weights_kept(run / f"rank{processes.rank()}.pt"):
+        with trained_weights_kept(trainer, run / f"rank{processes.rank()}.pt"):
             trainer.fit()
 
 
@@ -122,5 +130,5 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.killed:
         dies_once(at=8)
-    among = SHARDED if given.strategy == "fsdp" else CASES | OWN_NORM
+    among = SHARDED if given.strategy == "fsdp" else CASES | OWN_NORM | BRANCHED
     main(given.folder, among, given.names, strategy=given.strategy, checkpoint_steps=1 if given.killed else None)

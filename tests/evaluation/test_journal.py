@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from toughen import PGD, ThreatModel
+from toughen import PGD, ThreatModel, processes
 from toughen.errors import InputError
 from toughen.evaluation import EvalAttack, Journal, evaluate, parse_attack
 from toughen.evaluation.autoattack import APGD, Square, TargetedAPGD, TargetedFAB
@@ -213,3 +213,13 @@ def test_a_damaged_file_is_named(tmp_path, victim):
     (tmp_path / "suite.json").write_text("{")
     with pytest.raises(InputError, match=r"suite\.json is damaged: .*delete it"):
         evaluate(model, batches, [suite()], journal=Journal(tmp_path))
+
+
+def test_a_journal_that_can_not_be_written_ends_all_processes(tmp_path, victim, monkeypatch):
+    model, batches = victim
+    (tmp_path / "file").touch()
+    handed = []
+    monkeypatch.setattr(processes, "gathered", lambda mine: handed.append(mine) or [mine])
+    with pytest.raises(InputError, match="can't write"):
+        evaluate(model, batches, [suite()], sanity=False, journal=Journal(tmp_path / "file"))
+    assert isinstance(handed[-1], InputError)

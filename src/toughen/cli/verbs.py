@@ -47,7 +47,7 @@ def _go_on_after_restart(options: argparse.Namespace) -> None:
     if not options.out:
         raise InputError("torchrun --max-restarts needs --out DIR: a restart has to find the run that it goes on with")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if restarted and RunFolder(Path(options.out)).config_file.is_file():
+    if restarted and processes.by_first(RunFolder(Path(options.out)).config_file.is_file):
         options.allow_code = [*options.allow_code, *packages_named(options.words)]  # typed when the run began
         options.resume, options.out, options.words = options.out, None, []
 

@@ -1,6 +1,7 @@
 """What a run measures of its network: on held-out images after an epoch, on test images at its end."""
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,9 +63,9 @@ def evaluate_checkpoints(
                 journal=Journal(folder.evals(name), facts),
                 progress=progress if processes.rank() == 0 else None,
             )
-        if processes.rank() == 0:
-            few = next(iter(in_order(images.subset(slice(8)), recipe, _device(model))))
-            keep_examples(model, few, images.classes, attacks, folder.examples(name), seed=recipe.train.seed)
+        few = next(iter(in_order(images.subset(slice(8)), recipe, _device(model))))
+        keep = partial(keep_examples, model, few, images.classes, attacks, folder.examples(name))
+        processes.by_first(partial(keep, seed=recipe.train.seed))
         found[name] = {attack: result.accuracy for attack, result in results.items()}
     return found
 

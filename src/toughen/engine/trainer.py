@@ -31,7 +31,7 @@ from toughen.engine.tracking import Tracker, check_tracker, tracked
 from toughen.engine.update import Updater
 from toughen.engine.wishes import Wishes
 from toughen.errors import InputError, Notice
-from toughen.layers import compile_forward, synchronise_norms
+from toughen.layers import compile_forward, localise_norms, synchronise_norms
 from toughen.layers.taps import random_state_kept
 from toughen.objectives import PGDAT, Live
 from toughen.run_folder import RunFolder
@@ -84,8 +84,8 @@ class Trainer:
             models.check_fit(model, image_shape=self.data.train.shape, num_classes=len(self.data.train.classes))
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
-        if processes.count() > 1 and self.settings.batch_norm == "sync":
-            synchronise_norms(self.model)
+        if processes.count() > 1:  # both, since a branch gets the network of its run
+            (synchronise_norms if self.settings.batch_norm == "sync" else localise_norms)(self.model)
         check_tracker(self.settings.logger)
         if self.settings.compile:
             check_compiler(self.settings)
@@ -131,7 +131,7 @@ class Trainer:
             Interrupted: The process was asked to stop; the checkpoint is written.
             InputError: A gradient or the loss became infinite; the checkpoint from before is kept.
         """
-        if self.folder.finished:
+        if processes.by_first(lambda: self.folder.finished):
             return self.folder
         with ExitStack() as held:
 

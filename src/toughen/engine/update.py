@@ -105,8 +105,10 @@ class Updater:
             self.optimizer.step()
         if before is not None:
             after = processes.packed(statistics)
-            if self._has_local_norms:
-                processes.average([after])
+            if self._has_local_norms:  # of what changed alone: a mean of equal numbers need not be that number
+                change = after - before
+                processes.average([change])
+                after = before + change
             processes.unpack(torch.where(spoiled, before, after), statistics)
         self.live.step_end()
         return {"gradient_norm": norm.double(), "spoiled": spoiled.double()}

@@ -21,7 +21,11 @@ class Wishes:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Inside, a signal is a wish rather than the end."""
+        """Inside, a signal is a wish rather than the end; one to stop that nobody has looked at is the end after all.
+
+        Raises:
+            KeyboardInterrupt: There was one.
+        """
 
         def ask(number: int, _frame: FrameType | None) -> None:
             self._heard.append(_SIGNALS[signal.Signals(number)])
@@ -35,6 +39,8 @@ class Wishes:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if _STOP in self._heard:  # after the last look
+            raise KeyboardInterrupt
 
     def look(self) -> None:
         """Let ``save`` and ``stop`` say what was asked for since; of several processes all say what one was asked."""

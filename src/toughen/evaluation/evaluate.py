@@ -109,8 +109,8 @@ def evaluate(
         flags = (*check_model(model, again, threat=threats[0], seed=seed), *check_results(results))
     for name, result in results.items():
         results[name] = replace(result, flags=flags)
-        if journal is not None and results[name] != result and processes.rank() == 0:
-            journal.write(results[name])
+        if journal is not None and results[name] != result:
+            processes.by_first(partial(journal.write, results[name]))
     return results
 
 
@@ -172,8 +172,8 @@ class _Evaluation:
         for number in range(first, len(stages)):
             self._run_stage(attack, number, samples, stages)
         result = self._result(attack, samples, stages, complete=True)
-        if self.journal is not None and processes.rank() == 0:
-            self.journal.write(result)
+        if self.journal is not None:
+            processes.by_first(partial(self.journal.write, result))
         return result
 
     def _run_stage(self, attack: EvalAttack, number: int, samples: Samples, stages: list[Stage]) -> None:
@@ -196,13 +196,17 @@ class _Evaluation:
                     samples.take(found, number)
                     stages[number] = _added(stages[number], cost)
                 done = stages[number].attacked
-                if self.journal is not None and self.journal.due() and rank == 0:
-                    self.journal.write(self._result(attack, samples, stages[: number + 1], complete=False))
+                processes.by_first(partial(self._keep, attack, samples, stages[: number + 1]))
         except BaseException:
             if self.journal is not None and rank == 0 and (done or number):
                 self.journal.write(self._result(attack, samples, stages[: number + 1], complete=False))
             raise
         self.progress(title, len(places), len(places))
+
+    def _keep(self, attack: EvalAttack, samples: Samples, stages: Sequence[Stage]) -> None:
+        """Write down what is known so far, once in a while."""
+        if self.journal is not None and self.journal.due():
+            self.journal.write(self._result(attack, samples, stages, complete=False))
 
     def _attack(
         self, search: Search, attack: EvalAttack, number: int, chunk: int, where: Tensor, x: Tensor, y: Tensor

@@ -18,7 +18,12 @@ class SyncedBatchNorm(_BatchNorm):
     """Batch norm whose statistics in train mode are those of all processes' parts together.
 
     ``nn.SyncBatchNorm`` does not run on CPUs, and its gradient can't be differentiated, as GradAlign has to.
+
+    Attributes:
+        replaced: The class of torch's whose place it takes.
     """
+
+    replaced: type[_BatchNorm] = nn.BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise by the statistics of the whole batch in train mode, else by the running ones."""
@@ -75,10 +80,20 @@ def synchronise_norms(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, norm in list(module.named_children()):
             if type(norm) in _NORMS:
-                setattr(module, name, _synchronised(norm))
+                synced = _like(norm, SyncedBatchNorm)
+                synced.replaced = type(norm)
+                setattr(module, name, synced)
     rest = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _BatchNorm)} - {"SyncedBatchNorm"})
     if rest and processes.rank() == 0:
         warnings.warn(f"in train mode, {', '.join(rest)} takes statistics per process", Notice, stacklevel=2)
+
+
+def localise_norms(model: nn.Module) -> None:
+    """Let the batch norm that ``synchronise_norms`` changed take its statistics per process again, in place."""
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, SyncedBatchNorm):
+                setattr(module, name, _like(norm, norm.replaced))
 
 
 def is_synchronised(model: nn.Module) -> bool:
@@ -91,8 +106,9 @@ def has_local_norms(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) and not isinstance(module, SyncedBatchNorm) for module in model.modules())
 
 
-def _synchronised(norm: Any) -> SyncedBatchNorm:
-    synced = SyncedBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    synced._parameters, synced._buffers = norm._parameters, norm._buffers
-    synced.training = norm.training
-    return synced
+def _like(norm: Any, kind: Any) -> Any:
+    """Return a norm of another class with the same parameters and buffers."""
+    other = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    other._parameters, other._buffers = norm._parameters, norm._buffers
+    other.training = norm.training
+    return other

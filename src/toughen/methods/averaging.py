@@ -15,6 +15,7 @@ from toughen import processes
 from toughen.attacks import Attack
 from toughen.criticality.selection import Selection
 from toughen.errors import InputError, check_choices
+from toughen.layers import has_local_norms
 from toughen.layers.synced_norms import is_synchronised
 from toughen.layers.taps import random_state_kept
 from toughen.methods.wrapper import LiveWrapper, Wrapper
@@ -175,6 +176,8 @@ class _LiveAverage(LiveWrapper):
             if is_synchronised(average):  # all processes have the same images here
                 alike = (processes.own_rows(x) for x in alike)
             update_bn(alike, average, device=next(average.parameters()).device)
+        if is_synchronised(average) and has_local_norms(average):  # as after each update
+            processes.average([buffer for buffer in average.buffers() if buffer.is_floating_point()])
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Live.state_dict``."""

@@ -114,7 +114,7 @@ class LiveCarryOver(LiveWrapper):
         every, begun = self.settings.reset_every, epoch - self.settings.start_epoch
         if every is not None and begun % every == 0:
             self._stored, self._collected = None, []
-        elif self._collected:
+        elif self._stored is None:
             self._collect()
         self._exchange()
         return super().epoch_start(epoch, probe, optimizer=optimizer)
@@ -186,11 +186,17 @@ class LiveCarryOver(LiveWrapper):
         return F.pad(stored.flatten(2), (0, 1), value=self._format.none), places
 
     def _collect(self) -> None:
-        """Lay what was collected into a table, by image."""
-        num_images = 1 + max(processes.gathered(int(torch.cat([rows for rows, _ in self._collected]).max())))
-        first = self._collected[0][1]
-        self._stored = first.new_full((num_images + 1, *first.shape[1:]), self._format.none)
-        self._own = torch.zeros(num_images + 1, dtype=torch.bool, device=first.device)
+        """Lay what was collected into a table, by image; a process that goes on with a resumed run may have nothing."""
+        mine = None
+        if self._collected:
+            mine = int(torch.cat([rows for rows, _ in self._collected]).max()), self._collected[0][1].shape[1:]
+        everyones = processes.gathered(mine)
+        if not everyones:
+            return
+        num_rows, device = 2 + max(last for last, _ in everyones), next(self.model.parameters()).device
+        size = (num_rows, *everyones[0][1])
+        self._stored = torch.full(size, self._format.none, dtype=self._format.dtype, device=device)
+        self._own = torch.zeros(num_rows, dtype=torch.bool, device=device)
         for rows, values in self._collected:
             self._stored[rows] = values
             self._own[rows] = True
