@@ -11,7 +11,6 @@ html_theme = "furo"
 html_title = "Toughen"
 html_copy_source = False
 
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # a test runs the notebooks
 

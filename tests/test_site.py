@@ -18,6 +18,7 @@ def test_the_site_builds_without_a_warning_and_has_every_page(tmp_path: Path) ->
     assert built.returncode == 0, built.stderr
     pages = {file.relative_to(ROOT / "docs").with_suffix(".html") for file in (ROOT / "docs").rglob("*.md")}
     assert [str(page) for page in pages if not (tmp_path / "site" / page).is_file()] == []
+    assert not any('src="http' in page.read_text() for page in (tmp_path / "site").rglob("*.html")), "not offline"
     criticality = (tmp_path / "site" / "reference" / "criticality.html").read_text()
     assert "toughen.criticality.analyze" in criticality
     assert "Eq. 3" in criticality
