@@ -46,8 +46,6 @@ def test_a_share_of_extra_images_that_the_processes_can_not_have_together_is_tol
     images = ImageSet(torch.zeros(24, 1, 4, 4, dtype=torch.uint8), torch.zeros(24, dtype=torch.int64), ("a",))
     splits = DataSplits("test", images, images, images, extra=images)
     settings = {"batch_size": 6, "device": "cpu", "seed": 0, "share": Share(0, 2)}
-    with pytest.warns(
-        Notice, match=r"fraction=0\.25 is 4 extra images in a batch of 2 processes, and 3 in one"
-    ):
+    with pytest.warns(Notice, match=r"fraction=0\.25 is 4 extra images in a batch of 2 processes, and 3 in one"):
         train_loader(splits, extra_fraction=0.25, **settings)
     train_loader(splits, extra_fraction=0.5, **settings)
