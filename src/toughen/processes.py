@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -216,7 +216,7 @@ def sigterm_interrupts() -> Iterator[None]:
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    meant = {signal.SIGTERM: interrupt, signal.SIGUSR1: signal.SIG_IGN}
+    meant: dict[signal.Signals, Any] = {signal.SIGTERM: interrupt, signal.SIGUSR1: signal.SIG_IGN}
     try:
         before = {number: signal.signal(number, handler) for number, handler in meant.items()}
     except ValueError:  # not the main thread: the signals belong to somebody else

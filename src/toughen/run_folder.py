@@ -103,7 +103,12 @@ class RunFolder:
         Raises:
             InputError: Another one writes it now.
         """
-        return locked(self.path / ".lock", what=f"run {self.path}")
+        return locked(self.lock_file, what=f"run {self.path}")
+
+    @property
+    def lock_file(self) -> Path:
+        """What tells, while somebody writes, who does: the number of the process, and its machine."""
+        return self.path / ".lock"
 
     @property
     def config_file(self) -> Path:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from toughen.data import AUGMENTS
+from toughen.data import AUGMENTS, DataSplits, ImageSet, train_loader
 from toughen.data.augment import Augmentation, ResizedCrop
 from toughen.data.varied import varied
+from toughen.errors import Notice
 from toughen.rng import WHOLE, Share, generator, rows
 
 
@@ -39,3 +40,12 @@ def test_a_part_of_a_part_is_dealt_out_in_turn_again() -> None:
         rows(torch.rand, (2, 4), generator=generator(3, "draw", share=Share(1, 3)), dim=1),
         torch.rand(2, 12, generator=generator(3, "draw"))[:, 1::3],
     )
+
+
+def test_a_share_of_extra_images_that_the_processes_can_not_have_together_is_told() -> None:
+    images = ImageSet(torch.zeros(24, 1, 4, 4, dtype=torch.uint8), torch.zeros(24, dtype=torch.int64), ("a",))
+    splits = DataSplits("test", images, images, images, extra=images)
+    settings = {"batch_size": 6, "device": "cpu", "seed": 0, "share": Share(0, 2)}
+    with pytest.warns(Notice, match=r"fraction=0\.25 is 4 extra images in a batch of 2 processes, and 3 in one"):
+        train_loader(splits, extra_fraction=0.25, **settings)
+    train_loader(splits, extra_fraction=0.5, **settings)

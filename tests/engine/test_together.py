@@ -98,7 +98,9 @@ def test_a_branch_may_normalise_by_the_images_of_a_process_where_its_run_does_no
     assert largest_difference(branch, branch_of_two) > 1e-4
 
 
-def test_perturbations_that_one_process_stored_are_taken_up_by_two(tmp_path: Path, monkeypatch: Any) -> None:
+def test_perturbations_that_one_process_stored_are_taken_up_by_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a single batch, so that one of the two has none."""
     save = RunState.save
 
@@ -108,9 +110,11 @@ def test_perturbations_that_one_process_stored_are_taken_up_by_two(tmp_path: Pat
 
     plan = {"epochs": 3, "batch_size": 60, "checkpoint_steps": 1}
     wanted = recipe(method=[PGD_AT, {"name": "carry-over"}], train=plan)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch:
         patch.setattr(RunState, "save", saved_and_stopped)
-        Trainer(wanted, out=tmp_path / "run").fit()
+        trainer = Trainer(wanted, out=tmp_path / "run")
+        with pytest.raises(Interrupted):
+            trainer.fit()
     shutil.copytree(tmp_path / "run", tmp_path / "two")
     torchrun("-m", "toughen", "train", "--resume", tmp_path / "two")
     resume(tmp_path / "run")

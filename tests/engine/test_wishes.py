@@ -32,6 +32,11 @@ def test_a_signal_that_comes_while_the_processes_agree_is_heard_at_the_next_look
 
 def test_a_wish_to_stop_that_comes_after_the_last_look_is_not_lost() -> None:
     wishes = Wishes()
-    with pytest.raises(KeyboardInterrupt), wishes.heard():
-        wishes.look()
-        os.kill(os.getpid(), signal.SIGTERM)
+
+    def work() -> None:
+        with wishes.heard():
+            wishes.look()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()

@@ -44,7 +44,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
 SECTIONS: dict[str, dict[str, Any]] = {
     "a branch with local norms": {"branch_epoch": 2, "branches": {"local": {"train": {"batch_norm": "local"}}}},
 }
-BRANCHED = dict.fromkeys(SECTIONS, [PGD_AT])
+BRANCHED = {name: [PGD_AT] for name in SECTIONS}
 OWN_NORM = {"a norm of its own": [PGD_AT], "a norm of its own, averaged": [PGD_AT, {"name": "swa"}]}
 SHARDED: dict[str, list[dict[str, Any]]] = {  # a name that begins with ViT trains one
     "PGD-AT": CASES["PGD-AT"],

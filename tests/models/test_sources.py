@@ -429,3 +429,17 @@ def test_timm_and_torchvision_are_not_imported_for_built_in_networks() -> None:
         " sys.exit('timm' in sys.modules or 'torchvision' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_whether_timm_checks_hashes_stays_the_choice_of_the_program(chosen: bool) -> None:
+    from timm.models import _builder, set_pretrained_check_hash
+
+    before = _builder._CHECK_HASH
+    try:
+        set_pretrained_check_hash(chosen)
+        for name in ("resnet18.tv_in1k", "test_resnet"):  # one has a hash in its address
+            create(f"timm/{name}", num_classes=10, in_channels=1, image_size=32, pretrained=False)
+            assert _builder._CHECK_HASH is chosen
+    finally:
+        set_pretrained_check_hash(before)

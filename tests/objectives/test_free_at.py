@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from as_found import same
 from objective_checks import X, Y
-from toughen import AWP, CLAT, FreeAT, stack
+from toughen import AWP, CLAT, FreeAT, processes, stack
 from toughen.attacks import PGD
 from toughen.errors import InputError
 from toughen.methods import Stack
@@ -130,6 +130,17 @@ def test_a_state_stays_as_it_was_taken_and_as_it_was_loaded():
     train(again, fresh, BATCHES[1:])
     assert not same(live.state_dict()["delta"], before)
     assert same(state["delta"], before)
+
+
+def test_a_process_with_fewer_images_than_another_hands_in_as_many_rows(monkeypatch):
+    live, optimizer = start(FreeAT(replays=2), build("nested"))
+    train(live, optimizer, BATCHES[2:3])
+    own = live.state_dict()["delta"]
+    monkeypatch.setattr(processes, "most", lambda mine: mine + 2)
+    padded = live.state_dict()["delta"]
+    assert (len(own), len(padded)) == (4, 6)
+    assert torch.equal(padded[:4], own)
+    assert not padded[4:].any()
 
 
 def test_it_does_not_go_with_what_carries_perturbations_over():

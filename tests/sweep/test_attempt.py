@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from toughen.sweep.attempt import Attempt, Outcome, make
+from toughen.sweep import attempt as attempts
+from toughen.sweep.attempt import Attempt, Outcome, locked, make
 
 # what a run is to its attempt: a file when it began, one when it is finished, an end when its pipe is closed
 PROGRAM = """
@@ -31,6 +32,7 @@ def attempt(folder: Path, begin: str, resume: str = "raise SystemExit('resumed')
         begun=str(folder / "begun"),
         finished=str(folder / "finished"),
         output=str(folder / "output.log"),
+        owner=str(folder / ".lock"),
         directory=str(folder),
         environment=(("OMP_NUM_THREADS", "3"),),
     )
@@ -107,3 +109,19 @@ def until(true: Callable[[], bool], *, seconds: float = 60) -> None:
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("owner", "named"), [("12 there\n", "process 12 on there"), (None, "a process that writes")])
+def test_an_orphan_that_does_not_end_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str | None, named: str
+) -> None:
+    monkeypatch.setattr(attempts, "_PATIENCE", 0.1)
+    if owner is not None:
+        (tmp_path / ".lock").write_text(owner)
+    with (tmp_path / "output.log").open("ab") as held:
+        assert locked(held.fileno())
+        outcome = make(attempt(tmp_path, "open('finished', 'w')"))
+
+    assert outcome.how == "refused"
+    assert named in outcome.message
+    assert not (tmp_path / "finished").exists()

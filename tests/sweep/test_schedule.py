@@ -13,6 +13,7 @@ from toughen.durable import unsealed
 from toughen.engine import Interrupted
 from toughen.errors import InputError
 from toughen.sweep import Address, Sweep, SweepFolder, read_sweep, schedule, train_all
+from toughen.sweep.attempt import Outcome
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -58,6 +59,17 @@ def laid_out(tmp_path: Path, *behaviour: str, retries: int = 1) -> tuple[Sweep, 
     return sweep, folder
 
 
+def stop_when_at_work(folder: SweepFolder) -> None:
+    log = folder.path / "s/seed-0/output.log"
+
+    def stop() -> None:
+        while not (log.exists() and "waits" in log.read_text()):
+            threading.Event().wait(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop).start()
+
+
 def states(folder: SweepFolder) -> list[str]:
     file = folder.path / "sweep.json"
     return [run["state"] for run in unsealed(file.read_text(), file)["runs"]]
@@ -80,14 +92,7 @@ def test_who_dies_is_retried_who_is_mistaken_is_not_and_nothing_finished_is_repe
 
 def test_no_more_runs_than_workers_are_at_work_and_a_stop_reaches_them(tmp_path: Path) -> None:
     sweep, folder = laid_out(tmp_path, "waits", "waits")
-    log = folder.path / "s/seed-0/output.log"
-
-    def stop() -> None:
-        while not (log.exists() and "waits" in log.read_text()):
-            threading.Event().wait(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=stop).start()
+    stop_when_at_work(folder)
     with pytest.raises(Interrupted, match="same command"):
         train_all(sweep, folder, Address(workers=1))
 
@@ -115,3 +120,25 @@ def test_runs_in_a_pipe_are_told_in_lines(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().err.splitlines()
     assert said[-1] == "s/seed-0: finished"
     assert "s/seed-0: killed by SIGKILL; it goes on from its checkpoint (retry 1 of 1)" in said
+
+
+def test_a_run_that_dies_while_the_sweep_stops_is_not_said_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(schedule._Schedule, "_outcome", lambda *_: Outcome("died", "its machine is gone"))
+    sweep, folder = laid_out(tmp_path, "waits")
+    stop_when_at_work(folder)
+    with pytest.raises(Interrupted):
+        train_all(sweep, folder, Address())
+
+    assert states(folder) == ["failed"]
+    said = capsys.readouterr().err
+    assert "s/seed-0: failed: its machine is gone" in said
+    assert "goes on" not in said
+
+
+def test_another_cluster_than_that_of_the_program_is_refused(tmp_path: Path) -> None:
+    sweep, folder = laid_out(tmp_path, "finishes")
+
+    with pytest.raises(InputError, match=r"Ray runs in this program already.*can't be that of elsewhere:6379; leave"):
+        train_all(sweep, folder, Address(cluster="elsewhere:6379"))

@@ -1,6 +1,7 @@
 """Training batches of an image set: shuffled and varied."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Protocol
@@ -13,7 +14,7 @@ from toughen.data.augment import Augmentation, CropFlip, ResizedCrop
 from toughen.data.image_set import DataSplits, ImageSet, Taken
 from toughen.data.stream import PictureReader, Place, StreamedSet, stream
 from toughen.data.varied import check_tracks_pixels, varied
-from toughen.errors import InputError
+from toughen.errors import InputError, Notice
 from toughen.rng import WHOLE, Share
 from toughen.types import Batch
 
@@ -83,6 +84,13 @@ def train_loader(
             f"data.extra.fraction={extra_fraction:g} of a batch of {batch_size} is {num_extra} extra images;"
             " at least one of each kind is needed"
         )
+    dealt, whole = num_extra * share.count, round(batch_size * share.count * extra_fraction)
+    if splits.extra is not None and dealt != whole and share.index == 0:
+        message = (
+            f"data.extra.fraction={extra_fraction:g} is {dealt} extra images in a batch of {share.count} processes, and"
+            f" {whole} in one of a single process: not the same training"
+        )
+        warnings.warn(message, Notice, stacklevel=2)
     num_own, augment = batch_size - num_extra, tuple(augment)
     loader: TrainLoader
     if isinstance(splits.train, StreamedSet):

@@ -94,13 +94,26 @@ def _build_timm(name: str, wanted: Wanted) -> Foreign:
     facts = timm.get_pretrained_cfg(name, allow_unregistered=False).to_dict()  # type: ignore[union-attr]
     if wanted.pretrained and not (facts["hf_hub_id"] or facts["url"]):
         raise InputError(f"timm/{name} has no published weights; leave pretrained out, or give weights=FILE")
-    timm.models.set_pretrained_check_hash(bool(_HASHED.search(facts["url"] or "")))
-    network = _timm_network(f"timm/{name}", name, wanted, facts, {"pretrained": wanted.pretrained})
+    with _hashes_checked(bool(_HASHED.search(facts["url"] or ""))):
+        network = _timm_network(f"timm/{name}", name, wanted, facts, {"pretrained": wanted.pretrained})
     if wanted.pretrained and facts["hf_hub_id"]:
         _check_cached(facts["hf_hub_id"])
     if wanted.pretrained and wanted.classifier == "new":
         network.reset_classifier(wanted.num_classes)  # timm itself does so only for another number of classes
     return Foreign(network, (facts["mean"], facts["std"]))
+
+
+@contextmanager
+def _hashes_checked(wanted: bool) -> Iterator[None]:
+    """Inside, timm compares what it fetches with the hash in its name, or not; the program's own choice comes back."""
+    from timm.models import _builder, set_pretrained_check_hash
+
+    before = _builder._CHECK_HASH
+    set_pretrained_check_hash(wanted)
+    try:
+        yield
+    finally:
+        set_pretrained_check_hash(before)
 
 
 def _check_cached(repository: str) -> None:

@@ -117,7 +117,10 @@ class LiveFreeAT(LiveObjective):
 
     def state_dict(self) -> dict[str, Any]:
         """See ``Live.state_dict``."""
-        delta = None if self._delta is None else processes.all_rows(self._delta).clone()
+        delta = self._delta
+        if delta is not None:  # where images were skipped, one process may not have had a full batch yet
+            missing = processes.most(len(delta)) - len(delta)
+            delta = processes.all_rows(torch.cat([delta, delta.new_zeros(missing, *delta.shape[1:])]))
         return {**super().state_dict(), "delta": delta}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 _LOOK_EVERY = 0.2  # seconds
+_PATIENCE = 600.0  # seconds that an orphan of a killed sweep has to end: it stops after its step, or its epoch's end
 _GRACE = 120.0  # seconds that a run has for its checkpoint once it is asked to stop; an epoch's end may take long
 
 
@@ -26,6 +27,7 @@ class Attempt:
         begun: The file that is there once there is something to go on with.
         finished: The file that is there once the run is complete.
         output: The file that takes what the run prints.
+        owner: The file in which a run at work says which process it is, and where.
         directory: Where the sweep was started, and relative paths begin.
         environment: Variables to set.
     """
@@ -35,6 +37,7 @@ class Attempt:
     begun: str
     finished: str
     output: str
+    owner: str
     directory: str
     environment: tuple[tuple[str, str], ...]
 
@@ -58,7 +61,10 @@ def make(attempt: Attempt) -> Outcome:
             return Outcome("refused", f"a machine sees no {place}; all need one file system, under the same paths")
     try:
         with open(attempt.output, "ab") as output:
+            end = time.monotonic() + _PATIENCE
             while not locked(output.fileno()):  # an orphan of a killed sweep, which is about to stop
+                if time.monotonic() > end:
+                    return Outcome("refused", f"{_owner(attempt)} has not let go of it; stop that, and sweep again")
                 time.sleep(_LOOK_EVERY)
             if os.path.exists(attempt.finished):
                 return Outcome("finished")
@@ -76,6 +82,16 @@ def locked(file: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _owner(attempt: Attempt) -> str:
+    """Say who is at work on a run."""
+    try:
+        with open(attempt.owner, encoding="utf-8") as file:
+            process, machine = file.read().split()
+    except (OSError, ValueError):  # it has ended, and left another process that it had begun
+        return f"a process that writes {attempt.output}"
+    return f"process {process} on {machine}"
 
 
 def _run(attempt: Attempt, output: BinaryIO) -> Outcome:

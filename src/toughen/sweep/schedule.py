@@ -71,6 +71,7 @@ class _Schedule:
         self.waiting = [one for one in runs if one.state == "waiting"]
         self.at_work: dict[Any, Progress] = {}
         self.log_sizes: dict[str, int] = {}
+        self.stopping = False
         needed = sweep.resources
         ray.cloudpickle.register_pickle_by_value(attempt)
         self.task = ray.remote(attempt.make).options(num_cpus=needed.cpus, num_gpus=needed.gpus, max_retries=0)
@@ -119,7 +120,7 @@ class _Schedule:
 
     def _end(self, one: Progress, outcome: Outcome) -> None:
         one.message = outcome.message
-        if outcome.how == "died" and one.attempts <= self.sweep.retries:
+        if outcome.how == "died" and one.attempts <= self.sweep.retries and not self.stopping:
             self.watch.say(
                 f"{one.run.name}: {outcome.message}; it goes on from its checkpoint"
                 f" (retry {one.attempts} of {self.sweep.retries})"
@@ -131,6 +132,7 @@ class _Schedule:
 
     def _stop(self) -> None:
         """Ask all runs at work for their checkpoints, and wait for these."""
+        self.stopping = True
         self.watch.say("stopping: each run writes its checkpoint")
         for one in self.waiting:
             one.state = "stopped"
@@ -151,6 +153,7 @@ def _attempt(one: Progress, sweep: Sweep) -> Attempt:
         begun=str(RunFolder(folder).config_file),
         finished=str(RunFolder(folder).finished_file),
         output=str(folder / OUTPUT),
+        owner=str(RunFolder(folder).lock_file),
         directory=str(here),
         environment=tuple(environment.items()),
     )
@@ -174,6 +177,11 @@ def _ray_at(address: Address, needed: Resources) -> Iterator[Any]:
     ours = not ray.is_initialized()  # a program may have Ray already, and keeps it
     if ours:
         _begin(ray, address, needed)
+    elif address.cluster not in (None, ray.get_runtime_context().gcs_address):
+        raise InputError(
+            f"Ray runs in this program already, at {ray.get_runtime_context().gcs_address}, so it can't be that of"
+            f" {address.cluster}; leave the address out, or call ray.shutdown() first"
+        )
     try:
         _check_room(ray, needed, cluster=address.cluster)
         yield ray
