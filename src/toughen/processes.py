@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -146,6 +146,13 @@ def add_up(tensor: Tensor) -> None:
     """Replace a tensor by its sum over the processes, in place."""
     if count() > 1:
         dist.all_reduce(tensor)
+
+
+def spread(tensors: Iterable[Tensor]) -> None:
+    """Let every process have the first one's tensors, in place."""
+    if count() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def check_agree(mine: object, what: str) -> None:

@@ -24,13 +24,15 @@ from toughen.run_folder import RunFolder
 WORKER = Path(__file__).with_name("together.py")
 
 
-def torchrun(*arguments: object, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *arguments: object, options: tuple[str, ...] = (), fails: bool = False
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=500, env=environment
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
 
 
@@ -140,6 +142,12 @@ def test_a_process_that_is_killed_is_started_again_and_nothing_is_lost(
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert largest_difference(ended(undisturbed)["rank0"], first) == 0.0
     assert told(tmp_path / name) == told(undisturbed)
+
+
+def test_processes_with_unlike_recipes_are_told_what_differs_before_anything_is_written(tmp_path: Path) -> None:
+    done = torchrun(WORKER, tmp_path, "ddp", "--unlike", "PGD-AT", fails=True)
+    assert "the processes differ in recipe.train.lr (0.01 and 0.02); start all of them with the same" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_line_trains_in_several_processes_and_speaks_once(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def net_with_own_norm() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ.get("RANK", "0")))  # each process draws another, and the first one's counts
     sizes = {"img_size": 8, "patch_size": 4, "depth": 3, "embed_dim": 24, "num_heads": 3}
     return timm.create_model("vit_tiny_patch16_224", in_chans=1, num_classes=10, **sizes)
 
@@ -126,9 +126,12 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("strategy")
     parser.add_argument("--killed", action="store_true")
+    parser.add_argument("--unlike", action="store_true")
     parser.add_argument("names", nargs="+")
     given = parser.parse_args()
     if given.killed:
         dies_once(at=8)
+    unlike = {"lr": 0.01 * (1 + int(os.environ["RANK"]))} if given.unlike else {}
     among = SHARDED if given.strategy == "fsdp" else CASES | OWN_NORM | BRANCHED
-    main(given.folder, among, given.names, strategy=given.strategy, checkpoint_steps=1 if given.killed else None)
+    every = 1 if given.killed else None
+    main(given.folder, among, given.names, strategy=given.strategy, checkpoint_steps=every, **unlike)

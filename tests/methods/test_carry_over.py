@@ -357,3 +357,17 @@ def test_what_it_can_not_work_with_is_refused_in_one_line():
         stack(PGDAT(), CarryOver(), CLAT(k=1))
     with pytest.raises(InputError, match=r"this batch has no index; call live\(x, y, index\)"):
         bound()(X.double(), Y)
+
+
+@pytest.mark.parametrize("attack", [ONE_STEP, L2_STEP], ids=["linf", "l2"])
+def test_a_spoiled_step_does_not_come_back_in_the_next_epoch(attack):
+    live = bound(attack=attack)
+    epoch(live, 0, unmoved())
+    weight = next(live.model.parameters())
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(torch.nan)
+    epoch(live, 1, unmoved())
+    with torch.no_grad():
+        weight.copy_(kept)
+    assert perturbations(epoch(live, 2, unmoved())).isfinite().all()

@@ -1,6 +1,8 @@
 """How a run gets its folder: a new one, or the one that it began in, on the same images."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +13,34 @@ from toughen.engine.provenance import provenance
 from toughen.engine.recipe import Recipe
 from toughen.errors import InputError
 from toughen.run_folder import RunFolder
+
+
+def check_alike(recipe: Recipe, data: DataSplits) -> None:
+    """Stop where processes were started with unlike recipes or images; paths may differ between machines.
+
+    Raises:
+        InputError: Names the first setting that differs.
+    """
+    if processes.count() == 1:
+        return
+    for mine in ({"recipe": recipe.document()}, {"images": data.identity()}):
+        first, *others = (dict(_settings(one)) for one in processes.gathered(mine))
+        for other in others:
+            unlike = [name for name in (*first, *other) if first.get(name) != other.get(name)]
+            if unlike:
+                name = unlike[0]
+                raise InputError(
+                    f"the processes differ in {name} ({first.get(name)} and {other.get(name)}); start all of them with"
+                    " the same command, on the same data"
+                )
+
+
+def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        elif name not in ("path", "weights"):
+            yield prefix + name, value
 
 
 def create_run(out: Path | str | None, recipe: Recipe, data: DataSplits, device: torch.device) -> RunFolder:

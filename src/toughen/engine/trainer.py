@@ -21,7 +21,7 @@ from toughen.engine.build import check_methods, create_model, training_loader
 from toughen.engine.device import check_compiler, make_fabric
 from toughen.engine.faults import LOOK_EVERY, FaultWatch, check_finite, collapse
 from toughen.engine.flops import flops_per_image
-from toughen.engine.open_run import create_run, open_run
+from toughen.engine.open_run import check_alike, create_run, open_run
 from toughen.engine.optim import make_optimizer
 from toughen.engine.progress import EpochProgress, epoch_line, epoch_progress, epoch_status
 from toughen.engine.recipe import Recipe
@@ -84,6 +84,8 @@ class Trainer:
             models.check_fit(model, image_shape=self.data.train.shape, num_classes=len(self.data.train.classes))
         self.model = model.to(self.device)
         self.model.to(memory_format=torch.channels_last)
+        check_alike(recipe, self.data)
+        processes.spread(self.model.state_dict().values())  # a network of the user's own may be drawn without a seed
         if processes.count() > 1:  # both, since a branch gets the network of its run
             (synchronise_norms if self.settings.batch_norm == "sync" else localise_norms)(self.model)
         check_tracker(self.settings.logger)

@@ -161,6 +161,7 @@ class LiveCarryOver(LiveWrapper):
         return (x + ball.project(delta, radius)).clamp_(*threat.bounds)
 
     def _encode(self, delta: Tensor) -> Tensor:
+        delta = delta.nan_to_num(nan=0.0)  # of a spoiled step, which must not come back in the next epoch
         if self._format.dtype == torch.int8:
             delta = (delta / self._scale).round_().clamp_(-_LEVELS, _LEVELS)
         return delta.to(self._format.dtype)
