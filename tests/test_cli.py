@@ -329,7 +329,11 @@ def test_resuming_a_finished_run_points_at_compare(refused, finished):
 
 def test_resuming_takes_no_other_settings(refused, own):
     (own.path / "finished.json").unlink()
-    refused(["train", "--resume", own.path, "train.epochs=9"], "--resume takes everything from the run folder")
+    refused(
+        ["train", "--resume", own.path, "train.epochs=9"],
+        "--resume takes everything from the run folder",
+        f"change it in {own.config_file}",
+    )
     refused(["train", "--resume", own.path, "--out", "elsewhere"], "--resume takes everything from the run folder")
 
 

@@ -86,6 +86,20 @@ def test_words_that_do_not_go_together_are_refused_in_one_line(toughen, grid, wo
     assert expected in said.err
 
 
+def test_a_sweep_and_a_run_refuse_the_folder_of_the_other(toughen, grid):
+    run = train(Path("a-run"))
+
+    taken = toughen("sweep", "grid.yaml", "--out", "a-run", "--slurm", "a.sbatch")
+    assert taken.err == "toughen: sweep folder a-run is the folder of a run; choose another --out\n"
+    assert not (run.path / "sweep.json").exists()
+
+    toughen("sweep", "grid.yaml", "--out", "a-sweep", "--slurm", "a.sbatch")
+    before = sorted(Path("a-sweep").iterdir())
+    taken = toughen("train", "--out", "a-sweep")
+    assert taken.err == "toughen: output folder a-sweep is the folder of a sweep; choose another --out\n"
+    assert sorted(Path("a-sweep").iterdir()) == before
+
+
 def test_a_folder_is_told_as_it_is_called(toughen, grid):
     said = toughen("sweep", "grid.yaml", "--out", "lr [bold] [/]", "--slurm", "a file.sbatch")
 
@@ -136,7 +150,7 @@ def test_a_run_is_that_of_train_to_the_bit_and_the_sweep_may_grow(toughen, grid,
     grid.write_text(yaml.safe_dump({**content, "runs": {"fast": {"train.lr": 0.2}}}))
     changed = toughen("sweep", "grid.yaml")
     assert changed.status == 2
-    assert "fast/seed-0 was begun with another train" in changed.err
+    assert "fast/seed-0 was begun with other settings of train" in changed.err
 
 
 def test_a_run_that_is_called_otherwise_since_the_file_was_changed_is_not_trained_twice(toughen, grid):

@@ -41,9 +41,16 @@ def parse_yaml(text: str, *, what: str) -> Any:
     except InputError:
         raise
     except yaml.YAMLError as error:
-        raise InputError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{what} is not valid YAML: {_reason(error)}") from None
     except (ValueError, OverflowError, TypeError, AttributeError) as error:  # a thirteenth month, !!timestamp of a word
         raise InputError(f"{what} holds a value that is not of its kind: {error}") from None
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """Say what is wrong and where, without the excerpt that takes lines of its own."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    return " ".join(str(error).split())
 
 
 class _Bounded(yaml.SafeLoader):

@@ -46,6 +46,8 @@ class RunFolder:
             InputError: The folder can't be written to, or holds a run already.
         """
         folder = cls(Path(path))
+        if (folder.path / "sweep.json").exists():
+            raise InputError(f"output folder {path} is the folder of a sweep; choose another --out")
         try:
             for part in ("criticality", "checkpoints", "evals"):
                 (folder.path / part).mkdir(parents=True, exist_ok=True)

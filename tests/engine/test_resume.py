@@ -231,6 +231,28 @@ def test_a_run_folder_that_was_moved_resumes(tmp_path: Path, whole: tuple[RunFol
     assert outcome(resume(tmp_path / "there" / "run")) == outcome(run)
 
 
+@pytest.mark.parametrize("lost", ["checkpoints", "checkpoints/last*"])
+def test_a_run_that_lost_its_checkpoints_is_not_begun_anew_over_its_log(tmp_path: Path, lost: str) -> None:
+    run = train(tmp_path / "run", train={"epochs": 2})
+    (run.path / "finished.json").unlink()
+    for folder in run.path.glob(lost):
+        shutil.rmtree(folder)
+    log = (run.path / "log.jsonl").read_bytes()
+
+    with pytest.raises(InputError, match=r"run .*run has lost its checkpoints: .*last is not there; copy it back"):
+        resume(run.path)
+    assert (run.path / "log.jsonl").read_bytes() == log
+
+
+def test_a_run_killed_between_its_first_log_and_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", train={"epochs": 1})
+    before = outcome(run)
+    (run.path / "finished.json").unlink()
+    shutil.rmtree(run.checkpoints / "last")
+
+    assert outcome(resume(run.path)) == before
+
+
 def test_a_branch_without_a_checkpoint_does_not_start_from_nothing(tmp_path: Path) -> None:
     run = train(tmp_path / "run", train={"epochs": 2}, branch_epoch=1, branches={"pgd-at": {}})
     branch = run.branch("pgd-at")

@@ -186,7 +186,7 @@ def test_a_batch_in_parts_trains_as_one_in_one_piece(tmp_path: Path) -> None:
 
 
 def test_what_does_not_divide_or_goes_on_from_use_to_use_is_refused() -> None:
-    with pytest.raises(InputError, match=r"batch_size=20 does not divide into 1 processes times train\.accumulate=3"):
+    with pytest.raises(InputError, match=r"batch_size=20 does not divide into 1 process times train\.accumulate=3"):
         Trainer(recipe(train={"accumulate": 3}), out="nowhere")
     with pytest.raises(InputError, match=r"Free-AT does not go with train\.accumulate=2"):
         recipe(method=[{"name": "free-at"}], train={"accumulate": 2})

@@ -100,6 +100,7 @@ def test_another_network_comes_with_its_own_width(tmp_path: Path, keys: dict[str
         ({"name": "lr=1"}, ("'lr=1'", "letters")),
         ({"runs": {"a/b": {}}}, ("'a/b'", "letters")),
         ({"runs": {"a": {}, "A": {}}}, ("'a' and 'A'", "rename")),
+        ({"grid": {"train.lr": 0.1}}, ("sweep.grid.train.lr is 0.1: input should be a valid list",)),
         ({"grid": {"train.lr": []}}, ("grid.train.lr is empty",)),
         ({"grid": {"train.lr": [0.1, 0.1]}}, ("grid.train.lr", "0.1", "twice")),
         ({"grid": {"train.seed": [0, 1]}}, ("train.seed", "seeds")),

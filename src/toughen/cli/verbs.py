@@ -56,7 +56,10 @@ def _train_here(options: argparse.Namespace) -> None:
     words: list[str] = options.words
     if options.resume:
         if words or options.out:
-            raise InputError("--resume takes everything from the run folder: give no recipe, override or --out with it")
+            raise InputError(
+                "--resume takes everything from the run folder: give no recipe, override or --out with it;"
+                f" to go on with another setting, change it in {Path(options.resume) / 'config.yaml'}"
+            )
         run = RunFolder.open(Path(options.resume))
         if run.finished:
             raise InputError(f"run {options.resume} is finished; see it with `toughen compare {options.resume}`")

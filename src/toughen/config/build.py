@@ -42,7 +42,8 @@ def build(target: Callable[..., T], values: Any, *, path: str, **given: Any) -> 
     try:
         checked = schema.model_validate(prepared)
     except ValidationError as error:
-        raise InputError("; ".join(dict.fromkeys(_explain(path, detail) for detail in error.errors()))) from None
+        reasons = dict.fromkeys(_explain(path, prepared, detail) for detail in error.errors())
+        raise InputError("; ".join(reasons)) from None
     return target(**given, **{name: getattr(checked, name) for name in checked.model_fields_set})
 
 
@@ -79,9 +80,13 @@ def _prepare(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-def _explain(path: str, detail: Any) -> str:
-    # pydantic names the branch of a union behind the key; the key is what the user wrote
-    key = ".".join([path, *(str(part) for part in detail["loc"][:1])])
+def _explain(path: str, values: Any, detail: Any) -> str:
+    key = path
+    for number, part in enumerate(detail["loc"]):
+        # pydantic names the branch of a union behind the key; keys are what the user wrote
+        if number > 0 and not (isinstance(values, Mapping) and part in values):
+            break
+        key, values = f"{key}.{part}", values.get(part)
     if detail["type"] == "missing":
         return f"{key} is missing"
     if detail["type"] == "value_error" and "error" in detail.get("ctx", {}):

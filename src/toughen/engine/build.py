@@ -103,8 +103,9 @@ def _create_network(
 def _rows_per_process(settings: TrainSettings) -> int:
     parts = processes.count() * settings.accumulate
     if settings.batch_size % parts:
+        shares = "1 process" if processes.count() == 1 else f"{processes.count()} processes"
         raise InputError(
-            f"train.batch_size={settings.batch_size} does not divide into {processes.count()} processes times"
+            f"train.batch_size={settings.batch_size} does not divide into {shares} times"
             f" train.accumulate={settings.accumulate}; set it to a multiple of {parts}"
         )
     return settings.batch_size // processes.count()

@@ -8,6 +8,7 @@ import torch
 
 from toughen import processes
 from toughen.data import DataSplits
+from toughen.engine import checkpoint
 from toughen.engine.device import pick_precision
 from toughen.engine.provenance import provenance
 from toughen.engine.recipe import Recipe
@@ -59,9 +60,10 @@ def open_run(out: Path | str | None, data: DataSplits) -> RunFolder:
     """Open the folder of a run that is to go on.
 
     Raises:
-        InputError: It is none, or it began on other images.
+        InputError: It is none, its checkpoints are gone, or it began on other images.
     """
     folder = RunFolder.open(Path(out or ""))
+    _check_checkpoints(folder)
     began = folder.provenance().get("images")
     if began is not None and began != data.identity():
         raise InputError(
@@ -70,3 +72,15 @@ def open_run(out: Path | str | None, data: DataSplits) -> RunFolder:
             " Trainer(recipe, data=..., resume=True)"
         )
     return folder
+
+
+def _check_checkpoints(folder: RunFolder) -> None:
+    """Refuse to begin anew, over its log, a run whose checkpoints somebody removed."""
+    if checkpoint.exists(folder.checkpoints / "last") or folder.parent_run is not None:
+        return  # a branch begins again where its run branched
+    # a log of one epoch is no sign: it is written before the first checkpoint, and a kill may come between them
+    if not folder.checkpoints.is_dir() or len(folder.log()) > 1:
+        raise InputError(
+            f"run {folder.path} has lost its checkpoints: {folder.checkpoints / 'last'} is not there; copy it back from"
+            " a backup, or begin the run anew with another --out"
+        )

@@ -65,6 +65,8 @@ class SweepFolder:
             raise InputError(
                 f"{self.path} holds '=', which `toughen train` takes for an override; choose another --out"
             )
+        if RunFolder(self.path).config_file.exists():
+            raise InputError(f"sweep folder {self.path} is the folder of a run; choose another --out")
         found = [Progress(run, RunFolder(self.path / run.name)) for run in sweep.runs]
         for one in found:
             _check_same(one, allow_code=sweep.allow_code)
@@ -173,7 +175,7 @@ def _check_same(one: Progress, *, allow_code: Sequence[str]) -> None:
     for section in (wanted.keys() | begun.keys()) - {"description"}:
         if begun.get(section) != wanted.get(section):
             raise InputError(
-                f"run {one.folder.path} was begun with another {section} than the sweep has now"
+                f"run {one.folder.path} was begun with other settings of {section} than the sweep has now"
                 f" ({_unlike(begun.get(section), wanted.get(section))}); choose another --out, or change it back"
             )
 
