@@ -218,7 +218,9 @@ def test_an_interrupted_run_exits_130_and_its_resume_command_ends_it(toughen, tm
         said = toughen("train", *words)
     assert said.status == 130
     [command] = re.findall(r"toughen (train --resume .*)$", said.err.strip())
-    assert toughen(*command.split()).status == 0
+    resumed = toughen(*command.split())
+    assert resumed.status == 0
+    assert "going on after 0 epochs and 2 steps" in resumed.err
     assert fingerprints(RunFolder(tmp_path / "run")) == fingerprints(RunFolder(whole))
 
 

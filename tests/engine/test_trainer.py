@@ -195,6 +195,11 @@ def test_a_branch_of_a_run_with_patience_gets_its_own_patience(tmp_path):
     assert len(run.branch("on").log()) >= 2
 
 
+def test_a_setting_that_changes_nothing_in_one_process_is_told(tmp_path):
+    with pytest.warns(Notice, match=r"train\.strategy=fsdp and train\.batch_norm=local changes nothing in one process"):
+        Trainer(recipe(train={"strategy": "fsdp", "batch_norm": "local"}), out=tmp_path / "run")
+
+
 # -- costs --------------------------------------------------------------------------------------
 
 

@@ -77,7 +77,8 @@ def _train_here(options: argparse.Namespace) -> None:
         _print_layers(model, splits)
         return
     trainer = Trainer(recipe, out=options.resume or options.out, resume=bool(options.resume))
-    say(f"run folder: {trainer.folder.path}")
+    begun = f", going on after {_place(trainer)}" if options.resume else ""
+    say(f"run folder: {trainer.folder.path}{begun}")
     for line in (*trainer.data.notes, *_kept_branches(recipe, words)):
         note(line)
     try:
@@ -86,6 +87,12 @@ def _train_here(options: argparse.Namespace) -> None:
         raise Interrupted(f"Continue with: toughen train --resume {shlex.quote(str(trainer.folder.path))}") from None
     if processes.rank() == 0:
         _show(run)
+
+
+def _place(trainer: Trainer) -> str:
+    """Say where a run is, as its epoch lines count."""
+    now = trainer.progress
+    return f"{now.epoch} epochs" + (f" and {now.step} steps" if now.step else "")
 
 
 def _kept_branches(recipe: Recipe, words: list[str]) -> list[str]:

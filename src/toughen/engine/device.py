@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from typing import Literal
 
 import torch
@@ -10,7 +11,9 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 
 from toughen import processes
 from toughen.engine.recipe import Device, TrainSettings
-from toughen.errors import InputError
+from toughen.errors import InputError, Notice
+
+_FOR_SEVERAL = (("strategy", "fsdp"), ("batch_norm", "local"))
 
 
 def pick_device(wanted: Device) -> str:
@@ -32,6 +35,12 @@ def make_fabric(settings: TrainSettings) -> Fabric:
     """
     processes.join()
     device, count = pick_device(settings.device), processes.started()
+    unused = [
+        f"train.{name}={value}" for name, value in _FOR_SEVERAL if count == 1 and getattr(settings, name) == value
+    ]
+    if unused:
+        text = f"{' and '.join(unused)} changes nothing in one process; torchrun starts several"
+        warnings.warn(text, Notice, stacklevel=3)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # a method may leave out layers in one step that it trains in the next
     ddp = DDPStrategy(find_unused_parameters=True)

@@ -67,7 +67,7 @@ class FaultWatch:
         )
 
     def _has_checkpoint(self) -> bool:
-        return any(self.run.checkpoints.iterdir())
+        return any(self.run.checkpoints.glob("*"))  # also where it has vanished
 
 
 def _keep(batch: Batch, file: Path) -> None:
