@@ -10,6 +10,7 @@ exclude_patterns = ["**.ipynb_checkpoints"]
 html_theme = "furo"
 html_title = "Toughen"
 html_copy_source = False
+html_static_path, html_css_files = ["site.css"], ["site.css"]
 
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # a test runs the notebooks
