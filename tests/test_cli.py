@@ -232,6 +232,8 @@ def test_an_interrupted_run_exits_130_and_its_resume_command_ends_it(toughen, tm
     [
         (["digit"], ["unknown recipe 'digit'", "did you mean 'digits'"]),
         (["mine.yaml"], ["no recipe file mine.yaml"]),
+        (["epochs=1"], ["unknown recipe key 'epochs'", "did you mean train.epochs?"]),
+        (["name=resnet18"], ["did you mean model.name or data.name?"]),
         (["trainer.epochs=1"], ["'trainer'", "did you mean 'train'"]),
         (["train.epoch=1"], ["train", "'epoch'", "did you mean 'epochs'"]),
         (["model.name=resnet81"], ["'resnet81'", "did you mean 'resnet18'"]),
@@ -323,6 +325,18 @@ def test_resuming_what_is_no_run_is_refused(refused, tmp_path):
     for path in (tmp_path, tmp_path / "gone", tmp_path / "file"):
         refused(["train", "--resume", path], path, "not a run folder")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_of_runs_is_refused_with_the_runs_in_it(refused, finished):
+    runs = finished.path.parent
+    refused(["compare", runs], f"{runs} is not a run folder", "give a run in it", finished.path)
+    refused(["report", runs], f"{runs} is not a run folder", "give a run in it", finished.path)
+
+
+def test_a_folder_of_images_is_taken_for_what_it_is(refused, tmp_path):
+    (tmp_path / "images").mkdir()
+    refused(["train", "digits", tmp_path / "images"], f"data.path={tmp_path / 'images'} for a folder of images")
+    refused(["train", f"data.name={tmp_path / 'images'}"], f"as images of your own it is folder:{tmp_path / 'images'}")
 
 
 def test_resuming_a_finished_run_points_at_compare(refused, finished):

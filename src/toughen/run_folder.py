@@ -93,9 +93,11 @@ class RunFolder:
         """
         folder = cls(Path(path))
         if not folder.config_file.is_file():
-            raise InputError(
-                f"{path} is not a run folder: it has no config.yaml; give the folder that `toughen train` wrote"
-            )
+            inside = sorted(str(config.parent) for config in folder.path.glob("*/config.yaml"))
+            fix = "give the folder that `toughen train` wrote"
+            if inside:
+                fix = f"give a run in it: {', '.join(inside[:8])}{', ...' if len(inside) > 8 else ''}"
+            raise InputError(f"{path} is not a run folder: it has no config.yaml; {fix}")
         folder._tell_changed_config()
         return folder
 

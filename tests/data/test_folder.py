@@ -120,12 +120,12 @@ def test_files_that_are_no_images_and_hidden_folders_are_passed_over(tmp_path: P
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"data folder .*nowhere does not exist"):
+    with pytest.raises(InputError, match=r"data folder .*nowhere does not exist.*data\.path=FOLDER, or folder:FOLDER"):
         read(tmp_path / "nowhere")
 
 
 def test_an_empty_folder_and_a_single_class_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least 2 classes; found: none"):
+    with pytest.raises(InputError, match="at least 2 classes; found: none; if it is the folder of one class, give the one above it"):
         read(tmp_path)
     fill(tmp_path, 2, classes=("cat",))
     with pytest.raises(InputError, match="at least 2 classes; found: cat"):

@@ -122,6 +122,7 @@ def test_images_stand_with_what_the_network_says_and_mistakes_are_marked(tmp_pat
 def test_runs_that_cannot_be_compared_stand_apart_and_the_page_says_why(tmp_path: Path) -> None:
     page = text(report_page([make(tmp_path / "a"), make(tmp_path / "b", data="cifar10")]))
     assert "Not comparable." in page
+    assert ". The runs stand apart below." in page
     assert "were evaluated on different test images" in page
     assert page.count("accuracy on 1000 test images") == 2
 

@@ -115,6 +115,8 @@ def _show(run: RunFolder) -> None:
     out.print(comparison_tables(compare_runs([run])))
     plots = ", ".join(sorted(str(file) for file in run.path.rglob("*.png")))
     err.print(f"plots: {plots}", highlight=False, markup=False, soft_wrap=True)
+    page = shlex.join(["toughen", "report", str(run.path)])
+    err.print(f"a page about it: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _analyze(options: argparse.Namespace) -> None:

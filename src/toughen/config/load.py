@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -32,6 +32,14 @@ ATTACKS.register("fgsm-rs")(fgsm_rs)
 
 REQUIRED = ("model", "data", "threat", "attack", "method", "train")
 OPTIONAL = ("evaluate", "branch_epoch", "branches", "description")
+_SECTIONS: Mapping[str, Any] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "threat": ThreatModel,
+    "attack": PGD,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+}
 
 
 def load_recipe(name: str, overrides: Sequence[str] = (), *, allow_code: Iterable[str] = ()) -> Recipe:
@@ -158,6 +166,8 @@ def resolve(document: Mapping[str, Any], *, code: Permission | None = None) -> R
     """
     for key in document:
         if key not in REQUIRED + OPTIONAL:
+            if homes := _settings_called(str(key)):
+                raise InputError(f"unknown recipe key {key!r}; did you mean {' or '.join(homes)}?")
             place = f"{key} is a method: its settings are those of its entry in the list, method.N.SETTING"
             hint = place if key in METHODS else ""
             raise unknown("recipe key", str(key), REQUIRED + OPTIONAL, hint=hint)
@@ -179,6 +189,10 @@ def resolve(document: Mapping[str, Any], *, code: Permission | None = None) -> R
         branch_epoch=_epoch(document.get("branch_epoch")),
         branches=_branches(document, code, test_step_size=step_size),
     )
+
+
+def _settings_called(key: str) -> list[str]:
+    return [f"{section}.{key}" for section, kind in _SECTIONS.items() if key in {field.name for field in fields(kind)}]
 
 
 def network_of(path: str, *, allow_code: Iterable[str] = ()) -> ModelSettings:
@@ -337,5 +351,6 @@ def _parsed(override: str) -> tuple[str, Any]:
     """The dotted key and the value of an override."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise InputError(f"override {override!r} is not of the form key.path=value, for example train.epochs=2")
+        example = f"data.path={override} for a folder of images" if Path(override).is_dir() else "train.epochs=2"
+        raise InputError(f"override {override!r} is not of the form key.path=value, for example {example}")
     return path, parse_yaml(text, what=f"the value in {override!r}")

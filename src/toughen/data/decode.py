@@ -168,7 +168,7 @@ def check_size(name: str, size: tuple[int, ...], other: str, other_size: tuple[i
     if other_size != size:
         raise SizesDiffer(
             f"images differ in size: {name} is {size[1]}x{size[0]}, {other} is {other_size[1]}x{other_size[0]};"
-            " set data.image_size to bring all to one size"
+            " set data.image_size (or --image-size) to bring all to one size"
         )
 
 

@@ -29,7 +29,9 @@ def read_folder(settings: DataSettings) -> tuple[EncodedRows, EncodedRows]:
     assert settings.path is not None  # the settings saw to it
     root = Path(settings.path).expanduser()
     if not root.is_dir():
-        raise InputError(f"data folder {root} does not exist, or is not a folder")
+        raise InputError(
+            f"data folder {root} does not exist, or is not a folder; name another: data.path=FOLDER, or folder:FOLDER"
+        )
     classes, train, test = _with_test_folder(root) if _has_train_folder(root) else _held_out(root)
     shuffled = torch.randperm(sum(map(len, test)), generator=rng.generator(0, "split", len(classes)))
     return _rows(root, train, classes), _rows(root, test, classes).subset(shuffled)
@@ -72,7 +74,7 @@ def _classes(root: Path, part: Path) -> dict[str, list[str]]:
     """Return the image files of each class below ``part``, classes and files in the order of their names."""
     classes = {folder.name: image_files(root, folder) for folder in _folders(part)}
     if len(classes) < 2:
-        found = ", ".join(classes) or "none"
+        found = ", ".join(classes) or "none; if it is the folder of one class, give the one above it"
         raise InputError(f"{part} needs a folder for each of at least 2 classes; found: {found}")
     return classes
 

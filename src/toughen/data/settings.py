@@ -157,6 +157,8 @@ class DataSettings:
         object.__setattr__(self, "path", path)
 
     def _check_path(self) -> None:
+        if self.name not in DATASETS and Path(self.name).is_dir():
+            raise InputError(f"data set {self.name!r} is a folder; as images of your own it is folder:{self.name}")
         takes = DATASETS[self.name].path
         if takes == "none" and self.path is not None:
             raise InputError(f"data set {self.name!r} takes no path; data.path is {self.path!r}")

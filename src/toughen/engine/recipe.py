@@ -251,7 +251,7 @@ class Recipe:
         if self.branch_epoch is not None and not 1 <= self.branch_epoch < self.train.epochs:
             raise InputError(
                 f"branch_epoch is {self.branch_epoch}; with train.epochs={self.train.epochs} it must be "
-                f"1 to {self.train.epochs - 1}"
+                f"1 to {self.train.epochs - 1}; set both"
             )
         if isinstance(self.model, MixtureSettings) and not isinstance(self.method.methods[0], AdaptiveSmoothing):
             raise InputError(

@@ -29,8 +29,8 @@ def check_fit(model: nn.Module, *, image_shape: tuple[int, int, int], num_classe
     except Exception as error:  # whatever a network says when its input does not suit it
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(
-            f"the model {type(model).__name__} fails on {size}: {reason}; if it is for other images, set"
-            " data.image_size or another model, else mend its forward"
+            f"the model {type(model).__name__} fails on {size}: {reason.rstrip('.')}; if it is for other images, set"
+            " data.image_size (or --image-size) or another model, else mend its forward"
         ) from error
     finally:
         for module, flag in flags:
