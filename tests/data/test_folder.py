@@ -125,7 +125,9 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_and_a_single_class_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least 2 classes; found: none; if it is the folder of one class, give the one above it"):
+    with pytest.raises(
+        InputError, match="at least 2 classes; found: none; if it is the folder of one class, give the one above it"
+    ):
         read(tmp_path)
     fill(tmp_path, 2, classes=("cat",))
     with pytest.raises(InputError, match="at least 2 classes; found: cat"):
