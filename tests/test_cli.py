@@ -24,7 +24,7 @@ from toughen.errors import InputError
 from toughen.evaluation import parse_attack
 from toughen.run_folder import RunFolder
 
-VERBS = ("train", "analyze", "evaluate", "transfer", "compare", "report", "export", "sweep", "list")
+VERBS = ("train", "analyze", "evaluate", "transfer", "compare", "report", "export", "sweep", "reproduce", "list")
 DIGITS = [*SHRINK, "train.epochs=2", "branch_epoch=1"]
 
 

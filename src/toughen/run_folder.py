@@ -149,6 +149,18 @@ class RunFolder:
             raise InputError(f"{self.config_file} is damaged: it holds no recipe")
         return content
 
+    def rewrite_config(self, config: Mapping[str, Any]) -> None:
+        """Give a run further branches: the rest of ``config`` is its recipe, and it is not finished any more.
+
+        Raises:
+            InputError: It can't be written.
+        """
+        text = yaml.safe_dump(dict(config), sort_keys=False)
+        facts = {**self.provenance(), "config_sha256": _digest(text)}
+        self.finished_file.unlink(missing_ok=True)
+        write_text(self.config_file, text)
+        write_text(self.path / "provenance.json", sealed(facts, indent=1) + "\n")
+
     def provenance(self) -> dict[str, Any]:
         """Read what is known of the machine, the versions and the images of the run.
 

@@ -172,6 +172,32 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     sweep.add_argument("--dry-run", action="store_true", help="print the runs and what differs, train nothing")
     sweep.add_argument("--slurm", metavar="FILE", help="write the runs out as a SLURM array script, train nothing")
 
+    reproduce = verb(
+        "reproduce",
+        "Train, measure and fill in tables and figures of the paper; the same command goes on after a stop.",
+        "toughen reproduce 7 --scale digits",
+    )
+    reproduce.add_argument("pieces", nargs="+", metavar="TABLE|FIGURE|all", help="5, table-5, figure-2, ...")
+    reproduce.add_argument(
+        "--scale", choices=("full", "short", "digits"), default="digits", help="(default: %(default)s)"
+    )
+    reproduce.add_argument("--seeds", type=int, metavar="N", help="runs of each network (default: 10, 3, 1)")
+    reproduce.add_argument("--out", metavar="DIR", help="the folder of all runs (default: runs/paper-SCALE)")
+    reproduce.add_argument(
+        "--data", action="append", default=[], metavar="NAME:FOLDER", help="a local copy of a data set"
+    )
+    reproduce.add_argument("--checkpoint", choices=("last", "best"), default="last", help="(default: %(default)s)")
+    reproduce.add_argument(
+        "--clat", action="append", default=[], metavar="KEY=VALUE", help="another setting of CLAT, such as base=inner"
+    )
+    reproduce.add_argument("--minutes", type=_number, metavar="M", help="stop then; the same command goes on")
+    reproduce.add_argument("--workers", type=int, metavar="N", help="train so many at a time, on Ray")
+    reproduce.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, with --workers")
+    reproduce.add_argument("--cpus", type=_number, default=1, help="of each run on Ray (default: %(default)s)")
+    reproduce.add_argument("--gpus", type=_number, default=0, help="of each run on Ray (default: %(default)s)")
+    reproduce.add_argument("--dry-run", action="store_true", help="print what would be trained")
+    reproduce.add_argument("--sweep", metavar="FILE", help="write the runs as a file for toughen sweep, train nothing")
+
     list_ = verb("list", "List what there is by name.", "toughen list layers resnet18")
     list_.add_argument(
         "what", choices=("models", "datasets", "methods", "attacks", "augmentations", "selectors", "recipes", "layers")

@@ -19,6 +19,7 @@ from toughen.cli.evaluating import run_evaluate, run_transfer
 from toughen.cli.exporting import run_export
 from toughen.cli.files import check_output, write, write_plot
 from toughen.cli.reporting import run_compare, run_report
+from toughen.cli.reproducing import run_reproduce
 from toughen.cli.sweeping import run_sweep
 from toughen.cli.target import check_samples, find_target
 from toughen.config import ATTACKS, load_recipe, packages_named, recipe_names, recipe_of
@@ -198,5 +199,6 @@ VERBS = {
     "report": run_report,
     "export": run_export,
     "sweep": run_sweep,
+    "reproduce": run_reproduce,
     "list": _list,
 }

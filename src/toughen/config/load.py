@@ -57,7 +57,7 @@ def load_recipe(name: str, overrides: Sequence[str] = (), *, allow_code: Iterabl
             package that was not allowed.
     """
     document = read_document(name)
-    changes = [_parsed(override) for override in overrides]
+    changes = [parse_override(override) for override in overrides]
     try:
         set_keys(document, changes)
     except InputError as error:
@@ -347,8 +347,12 @@ def _keys(*mappings: Iterable[str]) -> Iterable[str]:
     return dict.fromkeys(key for mapping in mappings for key in mapping)
 
 
-def _parsed(override: str) -> tuple[str, Any]:
-    """The dotted key and the value of an override."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """Return the dotted key and the value of ``key.path=value``.
+
+    Raises:
+        InputError: It is not of that form, or the value is no YAML.
+    """
     path, equals, text = override.partition("=")
     if not equals or not path:
         example = f"data.path={override} for a folder of images" if Path(override).is_dir() else "train.epochs=2"

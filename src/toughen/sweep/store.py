@@ -3,13 +3,13 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from toughen.config import recipe_of
+from toughen.config import recipe_of, resolve
 from toughen.durable import read_text, sealed, unsealed, write_text
 from toughen.errors import InputError
 from toughen.lock import locked
@@ -67,10 +67,10 @@ class SweepFolder:
             )
         if RunFolder(self.path).config_file.exists():
             raise InputError(f"sweep folder {self.path} is the folder of a run; choose another --out")
-        found = [Progress(run, RunFolder(self.path / run.name)) for run in sweep.runs]
-        for one in found:
-            _check_same(one, allow_code=sweep.allow_code)
-            one.state = "finished" if one.folder.finished else "waiting"
+        found = [
+            _with_branches(Progress(run, RunFolder(self.path / run.name)), allow_code=sweep.allow_code)
+            for run in sweep.runs
+        ]
         self._check_names(found)
         for one in found:
             _make(one.folder.path)
@@ -167,17 +167,35 @@ def _inside(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def _check_same(one: Progress, *, allow_code: Sequence[str]) -> None:
-    """Refuse to go on with a run folder that was begun with other settings."""
+def _with_branches(one: Progress, *, allow_code: Sequence[str]) -> Progress:
+    """Take up what was begun in a run folder, which may get further branches: they go on from where it branched.
+
+    Raises:
+        InputError: It was begun with other settings.
+    """
     if not one.folder.config_file.exists():
-        return
+        return one
     begun, wanted = recipe_of(one.folder, allow_code=allow_code).document(), one.run.document
-    for section in (wanted.keys() | begun.keys()) - {"description"}:
-        if begun.get(section) != wanted.get(section):
-            raise InputError(
-                f"run {one.folder.path} was begun with other settings of {section} than the sweep has now"
-                f" ({_unlike(begun.get(section), wanted.get(section))}); choose another --out, or change it back"
-            )
+    branches = {**wanted.get("branches", {}), **begun.get("branches", {})}
+    if "branches" in begun and "branches" in wanted:
+        wanted = {**wanted, "branches": branches}
+    for section in (wanted.keys() | begun.keys()) - {"description", "branches"}:
+        _check_same(section, begun.get(section), wanted.get(section), one.folder)
+    for name, branch in one.run.document.get("branches", {}).items():
+        _check_same(f"branches.{name}", branches[name], branch, one.folder)
+    if branches.keys() > begun.get("branches", {}).keys():
+        one.folder.rewrite_config(wanted)
+    one.state = "finished" if one.folder.finished else "waiting"
+    one.run = replace(one.run, recipe=resolve(wanted))
+    return one
+
+
+def _check_same(section: str, begun: Any, wanted: Any, folder: RunFolder) -> None:
+    if begun != wanted:
+        raise InputError(
+            f"run {folder.path} was begun with other settings of {section} than the sweep has now"
+            f" ({_unlike(begun, wanted)}); choose another --out, or change it back"
+        )
 
 
 def _unlike(begun: Any, wanted: Any) -> str:

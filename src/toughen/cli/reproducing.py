@@ -1,0 +1,116 @@
+"""The verb ``reproduce``: tables and figures of the paper, trained, measured and filled in."""
+
+import argparse
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+
+from toughen.cli.console import note, out, say
+from toughen.cli.files import check_folder, check_output, write
+from toughen.config import parse_override
+from toughen.data import parse_spec
+from toughen.engine import Interrupted
+from toughen.errors import InputError
+from toughen.paper import SCALES, Bench, Piece, Plan, draw_figure, fill, make_plan, pieces, sweep_document
+from toughen.paper.fill import shown, write_table
+from toughen.sweep import Address, Resources, SweepFolder, stopped_after, train_all, train_serially
+
+
+def run_reproduce(options: argparse.Namespace) -> None:
+    """Train what tables and figures need, measure it, and print them; the same command goes on after a stop."""
+    wanted = list(dict.fromkeys(piece for name in options.pieces for piece in pieces(name)))
+    scale = SCALES[options.scale]
+    seeds = scale.seeds if options.seeds is None else options.seeds
+    if seeds < 1:
+        raise InputError(f"--seeds is {seeds}; it must be at least 1")
+    check_output(options.sweep, ".yaml", ".yml")
+    clat = dict(parse_override(setting) for setting in options.clat)
+    paths = dict(_local_copy(spec) for spec in options.data)
+    resources = Resources(cpus=options.cpus, gpus=options.gpus)
+    plan = make_plan(wanted, scale, seeds=seeds, clat=clat, paths=paths, resources=resources)
+    folder = Path(options.out or Path("runs") / f"paper-{scale.name}")
+    for network, reason in plan.impossible.items():
+        note(f"left out: {network.dataset} {network.model} {network.base}: {reason}")
+    if options.dry_run:
+        out.print(_planned(plan))
+        return
+    if options.sweep:
+        content = sweep_document(plan, seeds=seeds)
+        write(options.sweep, yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120).rstrip())
+        words = ["toughen", "sweep", options.sweep, "--out", str(folder)]
+        say(f"train with: {shlex.join(words)}; then the same command without --sweep fills in what is there")
+        return
+    check_folder(str(folder))
+    bench = Bench(folder, scale, clat, paths, options.checkpoint)
+    try:
+        with stopped_after(options.minutes):
+            failed = _train(plan, folder, options)
+            _fill(wanted, bench, seeds)
+    except (Interrupted, KeyboardInterrupt):
+        raise Interrupted("What is done is kept. Continue with the same command") from None
+    if failed:
+        raise InputError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
+
+
+def _train(plan: Plan, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Train what is not trained yet; returns what failed."""
+    if not plan.sweep.runs:
+        return []
+    if options.workers is None:
+        runs = train_serially(plan.sweep, SweepFolder(folder), say=_for_whom(plan))
+    else:
+        runs = train_all(plan.sweep, SweepFolder(folder), Address(options.address, options.workers))
+    return [f"{one.run.name}: {one.message}" for one in runs if one.state == "failed"]
+
+
+def _for_whom(plan: Plan) -> Callable[[str], None]:
+    """Tell with each run what needs it."""
+    by_name = plan.needed_by
+
+    def tell(text: str) -> None:
+        names = [name for name in by_name if f" {name}/" in text]
+        needed = f" (for {', '.join(map(str, by_name[max(names, key=len)]))})" if names else ""
+        say(f"{text}{needed}")
+
+    return tell
+
+
+def _fill(wanted: Sequence[Piece], bench: Bench, seeds: int) -> None:
+    for piece in wanted:
+        if piece.kind == "figure":
+            file, missing = draw_figure(piece.number, bench, seeds=range(seeds))
+            out.print(f"Figure {piece.number}: {file}", highlight=False, markup=False, soft_wrap=True)
+            for line in missing:
+                note(f"not measured: {line}")
+            continue
+        rows = fill(piece.number, bench, seeds=range(seeds))
+        file = write_table(piece.number, rows, bench)
+        out.print(shown(piece.number, rows, bench))
+        say(f"written to {file}")
+
+
+def _planned(plan: Plan) -> Table:
+    """The runs, what goes on from each, and what needs it."""
+    table = Table(title=f"{plan.sweep.name}: {len(plan.sweep.runs)} runs")
+    for heading in ("run", "epochs", "goes on as", "seeds", "for"):
+        table.add_column(heading, overflow="fold")
+    rows: dict[str, list[int]] = {}
+    for run in plan.sweep.runs:
+        rows.setdefault(run.name.rpartition("/")[0], []).append(run.seed)
+    first = {run.name.rpartition("/")[0]: run for run in reversed(plan.sweep.runs)}
+    for name, seeds in rows.items():
+        run = first[name]
+        branches = ", ".join(run.recipe.branches)
+        needed = ", ".join(map(str, plan.needed_by[name]))
+        table.add_row(name, str(run.epochs), branches, f"{min(seeds)}-{max(seeds)}", needed)
+    return table
+
+
+def _local_copy(spec: str) -> tuple[str, str]:
+    settings = parse_spec(spec)
+    if settings.path is None:
+        raise InputError(f"--data {spec} names no folder; write NAME:FOLDER, as in cifar10:data/cifar10")
+    return settings.name, settings.path
