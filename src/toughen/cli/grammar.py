@@ -175,7 +175,7 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     reproduce = verb(
         "reproduce",
         "Train, measure and fill in tables and figures of the paper; the same command goes on after a stop.",
-        "toughen reproduce 7 --scale digits",
+        "toughen reproduce 7 --dry-run",
     )
     reproduce.add_argument("pieces", nargs="+", metavar="TABLE|FIGURE|all", help="5, table-5, figure-2, ...")
     reproduce.add_argument(
