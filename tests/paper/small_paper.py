@@ -41,7 +41,7 @@ def scale() -> Scale:
     small = SCALES["digits"]
     assert small.data is not None
     data = {**small.data, "train_samples": 50, "validation": 20, "test_samples": 20}
-    return replace(small, samples=8, data=data, widths={"resnet18": 2, "preact_resnet18": 2}, queries=5)
+    return replace(small, samples=8, data=data, widths={"resnet18": 2, "preact_resnet18": 2}, steps=3, queries=5)
 
 
 def put_in_place(patch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,8 @@ def test_autoattack_is_run_on_the_images_of_the_scale_with_its_queries(done: Pat
     assert row["ours"] == {"autoattack": [100 * found["accuracy"]]}
     assert found["n"] == 8
     assert found["settings"]["square"]["queries"] == 5
+    assert {found["settings"][name]["steps"] for name in ("apgd-ce", "apgd-t", "fab-t")} == {3}
+    assert found["settings"]["fab-t"]["targets"] == 3
     assert found["settings"]["apgd-ce"]["threat"]["eps"] == 0.05
 
 
