@@ -18,7 +18,7 @@ def study(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     monkeypatch.chdir(tmp_path)
     recipe = document(branch_epoch=1, branches={"pgd-at": {}, "clat": clat(lam=0.03)}, description="Whether it works.")
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"recipe": recipe, "seeds": 2}))
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump({"recipe": recipe, "seeds": 2}, sort_keys=False))
     return importlib.import_module("study")
 
 
