@@ -36,6 +36,12 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def test_a_file_of_a_table_says_where_it_was_measured(done: Path) -> None:
+    content = json.loads((done / "tables" / "table-1.json").read_text())
+    assert content["provenance"]["versions"]["torch"]
+    assert content["differs"] == list(scale().differs)
+
+
 def table(folder: Path, number: int) -> list[dict[str, object]]:
     content = json.loads((folder / "tables" / f"table-{number}.json").read_text())
     assert content["scale"] == "digits"
@@ -60,6 +66,7 @@ def test_what_the_paper_prints_stands_beside_with_its_doubts(done: Path) -> None
     assert re.search(r"\| PGD-AT\+CLAT \| 81\.03 \| [\d.]+ \| \? \|", text)
     assert "? doubtful in the paper: blurred (RN18 PGD-AT+CLAT)" in text
     assert "a test of the recipes, which says nothing about the methods" in text
+    assert "clean, PGD-10 on 20 test images" in text
 
 
 def test_a_mixture_is_measured_as_one_network(done: Path) -> None:
@@ -75,7 +82,7 @@ def test_autoattack_is_run_on_the_images_of_the_scale_with_its_queries(done: Pat
     [kept] = (done / "measured").rglob("autoattack.json")
     found = json.loads(kept.read_text())
     assert row["ours"] == {"autoattack": [100 * found["accuracy"]]}
-    assert found["n"] == 8
+    assert found["n"] == row["n"]["autoattack"] == 8  # type: ignore[index]
     assert found["settings"]["square"]["queries"] == 5
     assert {found["settings"][name]["steps"] for name in ("apgd-ce", "apgd-t", "fab-t")} == {3}
     assert found["settings"]["fab-t"]["targets"] == 3
@@ -243,10 +250,10 @@ def test_a_curve_over_eps_begins_with_clean_images_and_one_over_layers_with_none
         assert missing == []
         points = json.loads(file.with_suffix(".json").read_text())["points"][metric]["CLAT"]
         if kind == "layers":
-            assert points == [[1, bench.accuracy((network,), "clean", 0, samples=None)]]
+            assert points == [[1, bench.accuracy((network,), "clean", 0, samples=None)[0]]]
         else:
             assert [x for x, _ in points] == [0.05 * factor for factor in figures.STRENGTHS]
-            assert points[0][1] == bench.accuracy((network,), "clean", 0, samples=8)
+            assert points[0][1] == bench.accuracy((network,), "clean", 0, samples=8)[0]
             assert points[-1][1] <= points[0][1]
 
 

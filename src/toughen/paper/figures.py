@@ -113,7 +113,7 @@ def draw(figure: Figure, points: Mapping[str, Mapping[str, Points]], file: Path)
 
     canvas = Canvas(figsize=(5.5 * len(figure.metrics), 4), layout="constrained")
     axes: Any = canvas.subplots(1, len(figure.metrics), squeeze=False)[0]
-    axis = {"epochs": "epoch", "layers": "critical layers", "strength": "eps"}[figure.kind]
+    axis = {"epochs": "epoch", "layers": "critical layers (0: PGD-AT goes on)", "strength": "eps"}[figure.kind]
     for panel, metric in zip(axes, figure.metrics, strict=True):
         for label, found in points[metric].items():
             xs, ys = [x for x, _ in found], [y for _, y in found]

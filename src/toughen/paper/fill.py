@@ -5,7 +5,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.markup import escape
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from toughen.errors import InputError
 from toughen.paper.figures import FIGURES, STRENGTHS, Curve, Figure, Points, draw
-from toughen.paper.measure import Bench
+from toughen.paper.measure import Bench, Measured
 from toughen.paper.scales import PAPER_EPOCHS
 from toughen.paper.values import PaperRow, Value, paper_rows, table_title
 from toughen.run_folder import write_text
@@ -40,12 +39,12 @@ class Filled:
 
     Attributes:
         row: The paper's.
-        ours: By metric, a value for each seed.
+        ours: By metric, what was measured for each seed.
         missing: Why there is none, where there is none.
     """
 
     row: PaperRow
-    ours: Mapping[str, Sequence[Value]]
+    ours: Mapping[str, Sequence[Measured]]
     missing: str = ""
 
 
@@ -55,7 +54,7 @@ def fill(table: int, bench: Bench, *, seeds: Iterable[int]) -> list[Filled]:
 
 
 def _filled(row: PaperRow, bench: Bench, seeds: Sequence[int]) -> Filled:
-    found: dict[str, list[Value]] = {metric: [] for metric in row.values}
+    found: dict[str, list[Measured]] = {metric: [] for metric in row.values}
     missing = ""
     for seed in seeds:
         try:
@@ -118,6 +117,7 @@ def _remarks(rows: Sequence[Filled], bench: Bench) -> list[str]:
         f" seed{'s' if numbers != {1} else ''}, {bench.checkpoint} checkpoint"
         if numbers
         else "ours: nothing measured yet",
+        *_numbers_of_images(rows),
         *bench.scale.differs,
     ]
     if bench.clat:
@@ -134,6 +134,14 @@ def _remarks(rows: Sequence[Filled], bench: Bench) -> list[str]:
     return remarks
 
 
+def _numbers_of_images(rows: Sequence[Filled]) -> list[str]:
+    counts: dict[int, list[str]] = {}
+    for filled in rows:
+        for metric, found in filled.ours.items():
+            counts.setdefault(max((one.n for one in found), default=0), []).append(_HEADINGS[metric])
+    return [f"{', '.join(dict.fromkeys(names))} on {n} test images" for n, names in counts.items() if n]
+
+
 def _cells(filled: Filled, metric: str) -> tuple[str, str]:
     if metric not in filled.row.values:
         return "", ""
@@ -142,9 +150,10 @@ def _cells(filled: Filled, metric: str) -> tuple[str, str]:
     return (f"{_text(printed)}{doubt}" if printed is not None else "?"), _ours(filled.ours[metric])
 
 
-def _ours(values: Sequence[Value]) -> str:
-    if not values:
+def _ours(found: Sequence[Measured]) -> str:
+    if not found:
         return "-"
+    values = [one.value for one in found]
     numbers = [value for value in values if isinstance(value, float)]
     if len(numbers) < len(values):
         return "; ".join(dict.fromkeys(map(_text, values)))
@@ -167,24 +176,16 @@ def write_table(table: int, rows: Sequence[Filled], bench: Bench) -> Path:
             "method": filled.row.label,
             "paper": dict(filled.row.values),
             "doubtful": list(filled.row.doubtful),
-            "ours": {metric: list(values) for metric, values in filled.ours.items()},
+            "ours": {metric: [one.value for one in found] for metric, found in filled.ours.items()},
+            "n": {metric: found[0].n for metric, found in filled.ours.items() if found and found[0].n},
             "missing": filled.missing,
         }
         for filled in rows
     ]
-    document = {"table": table, "title": table_title(table), **_circumstances(bench), "rows": content}
+    document = {"table": table, "title": table_title(table), **bench.circumstances(), "rows": content}
     write_text(folder / f"table-{table}.json", json.dumps(document, indent=1) + "\n")
     write_text(folder / f"table-{table}.md", markdown(table, rows, bench))
     return folder / f"table-{table}.md"
-
-
-def _circumstances(bench: Bench) -> dict[str, Any]:
-    return {
-        "scale": bench.scale.name,
-        "checkpoint": bench.checkpoint,
-        "clat": dict(bench.clat),
-        "differs": list(bench.scale.differs),
-    }
 
 
 # -- figures ------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def draw_figure(number: int, bench: Bench, *, seeds: Iterable[int]) -> tuple[Pat
             points[metric].setdefault(curve.label, []).extend(found)
     folder = bench.out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"figure": number, "title": figure.title, **_circumstances(bench), "points": points}
+    document = {"figure": number, "title": figure.title, **bench.circumstances(), "points": points}
     write_text(folder / f"figure-{number}.json", json.dumps(document, indent=1) + "\n")
     draw(figure, points, folder / f"figure-{number}.png")
     return folder / f"figure-{number}.png", list(dict.fromkeys(missing))
@@ -223,10 +224,10 @@ def _points(figure: Figure, curve: Curve, metric: str, bench: Bench, seed: int) 
         return [(factor * row["epoch"], 100 * row["validation"][key]) for row in logs if "validation" in row]
     if figure.kind == "layers":
         name = "clean" if metric == "clean" else "pgd-10"
-        return [(curve.x, bench.accuracy((curve.network,), name, seed, samples=None))]
+        return [(curve.x, bench.accuracy((curve.network,), name, seed, samples=None)[0])]
     eps, samples = float(bench.scale.threat["eps"]), bench.scale.samples
     names = {factor * eps: f"pgd-10:eps={factor * eps:g}" if factor else "clean" for factor in STRENGTHS}
-    return [(x, bench.accuracy((curve.network,), name, seed, samples=samples)) for x, name in names.items()]
+    return [(x, bench.accuracy((curve.network,), name, seed, samples=samples)[0]) for x, name in names.items()]
 
 
 def _mean(curves: Sequence[Points]) -> Points:

@@ -1,11 +1,12 @@
 """The figures of a trained network that the paper's tables hold, measured once and kept beside the runs."""
 
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from toughen.data import DataSettings, DataSplits
 from toughen.durable import read_text, sealed, unsealed, write_text
 from toughen.engine import Recipe, checkpoint, create_model, pick_device
 from toughen.engine.progress import attack_progress
+from toughen.engine.provenance import provenance
 from toughen.errors import InputError
 from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack, transfer
 from toughen.evaluation.autoattack import Published, Square, paper
@@ -39,6 +41,13 @@ _ATTACKS = {
     "PGD-Linf eps=0.03 100 steps": "pgd-100",
 }
 _METRICS = {"clean": "clean", "pgd10": "pgd-10", "adversarial": "pgd-10", "autoattack": AUTOATTACK}
+
+
+class Measured(NamedTuple):
+    """A figure, and of how many test images it is; 0 where it is of none."""
+
+    value: Value
+    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -69,9 +78,9 @@ class Bench:
     checkpoint: str = "last"
     _splits: tuple[DataSettings, DataSplits] | None = field(default=None, init=False)
     _networks: tuple[Sequence[Network], int, Loaded] | None = field(default=None, init=False)
-    _accuracies: dict[tuple[str, str, int, int | None], float] = field(default_factory=dict, init=False)
+    _accuracies: dict[tuple[str, str, int, int | None], tuple[float, int]] = field(default_factory=dict, init=False)
 
-    def values(self, row: PaperRow, seed: int) -> dict[str, Value]:
+    def values(self, row: PaperRow, seed: int) -> dict[str, Measured]:
         """Return what stands for a row's values: percent, seconds, or numbers of layers.
 
         Raises:
@@ -102,8 +111,8 @@ class Bench:
 
     # -- accuracies -------------------------------------------------------------------------------
 
-    def accuracy(self, behind: Sequence[Network], name: str, seed: int, *, samples: int | None) -> float:
-        """Return the accuracy of a network, or of a mixture of two, under an attack, in percent."""
+    def accuracy(self, behind: Sequence[Network], name: str, seed: int, *, samples: int | None) -> tuple[float, int]:
+        """Return the accuracy of a network, or of a mixture of two, under an attack, in percent; and its n."""
         place = "+".join(map(self._name, behind))
         if (known := self._accuracies.get((place, name, seed, samples))) is not None:
             return known  # several tables have the same cells
@@ -125,8 +134,9 @@ class Bench:
                 journal=Journal(kept, {**facts, **facts_of(loaded.model, images)}),
                 progress=progress,
             )
-        self._accuracies[place, name, seed, samples] = 100 * found[name].accuracy
-        return 100 * found[name].accuracy
+        measured = 100 * found[name].accuracy, found[name].n
+        self._accuracies[place, name, seed, samples] = measured
+        return measured
 
     def _epoch(self, network: Network, seed: int) -> int:
         epochs = {found["epoch"] for found in self.run(network, seed).evaluations(self.checkpoint).values()}
@@ -175,33 +185,44 @@ class Bench:
             self._splits = settings, datasets.load(settings)
         return self._splits[1]
 
+    def circumstances(self) -> dict[str, Any]:
+        """Return under which circumstances this is measured, as plain values."""
+        return {
+            "scale": self.scale.name,
+            "checkpoint": self.checkpoint,
+            "clat": dict(self.clat),
+            "local copies": sorted(self.paths),
+            "differs": list(self.scale.differs),
+            "provenance": provenance(seed=0, device=torch.device(self._device), precision="32-true"),
+        }
+
     @cached_property
     def _device(self) -> str:
         return pick_device("auto")
 
     # -- values of a row --------------------------------------------------------------------------
 
-    def _value(self, row: PaperRow, metric: str, seed: int) -> Value:
-        behind, samples = networks(row), self.num_samples(metric)
+    def _value(self, row: PaperRow, metric: str, seed: int) -> Measured:
+        behind = networks(row)
         if metric.startswith("blackbox"):
             return self._blackbox(row, metric, seed)
         if metric in _METRICS or metric == "adversarial_delta":
             name = _ATTACKS[row.attack] if row.attack else _METRICS[metric]
-            samples = self.scale.samples if row.attack else samples
-            found = self.accuracy(behind, name, seed, samples=samples)
+            samples = self.scale.samples if row.attack else self.num_samples(metric)
+            value, n = self.accuracy(behind, name, seed, samples=samples)
             if metric == "adversarial_delta":
                 before = replace(behind[0], going_on="base")
-                return found - self.accuracy((before,), name, seed, samples=samples)
-            return found
+                value -= self.accuracy((before,), name, seed, samples=samples)[0]
+            return Measured(value, n)
         [network] = behind
         if metric == "epoch_time_s":
-            return float(torch.tensor([entry["seconds"] for entry in self.trunk(network, seed).log()]).median())
+            return Measured(statistics.median(entry["seconds"] for entry in self.trunk(network, seed).log()))
         if metric == "trainable_share":
-            return 100 * float(self.run(network, seed).log()[-1]["trainable_share"])
-        if metric in ("critical_layers_top5", "time_s") and row.batch_size:
+            return Measured(100 * float(self.run(network, seed).log()[-1]["trainable_share"]))
+        if row.batch_size:
             report, seconds = self._selection(network, seed, row.batch_size)
-            return seconds if metric == "time_s" else [one.index for one in report.top(5)]
-        return self._critical(row, network, seed)
+            return Measured(seconds if metric == "time_s" else [one.index for one in report.top(5)])
+        return Measured(self._critical(row, network, seed))
 
     def _critical(self, row: PaperRow, network: Network, seed: int) -> list[int]:
         """Return the numbers of the layers that were found the most critical, or chosen, in a run."""
@@ -231,14 +252,15 @@ class Bench:
 
     # -- black-box --------------------------------------------------------------------------------
 
-    def _blackbox(self, row: PaperRow, metric: str, seed: int) -> float:
+    def _blackbox(self, row: PaperRow, metric: str, seed: int) -> Measured:
         [victim], attacker = networks(row), attacking(row)
         name = "pgd-10" if metric == "blackbox_pgd" else AUTOATTACK
         everybody = {network for other in paper_rows(row.table) for network in (*networks(other), attacking(other))}
         alike = sorted((one for one in everybody if one.dataset == row.dataset), key=str)
         found = self._matrix(alike, name, seed, samples=self.num_samples(metric))
         names = [self._name(network) for network in alike]
-        return 100 * float(found["accuracy"][names.index(self._name(attacker))][names.index(self._name(victim))])
+        value = found["accuracy"][names.index(self._name(attacker))][names.index(self._name(victim))]
+        return Measured(100 * float(value), int(found["n"]))
 
     def _matrix(self, alike: Sequence[Network], name: str, seed: int, *, samples: int | None) -> dict[str, Any]:
         """Show the images that fool each network to all, or read what that gave before."""
