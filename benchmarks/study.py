@@ -23,9 +23,8 @@ from toughen.cli import main as toughen
 from toughen.config import resolve
 from toughen.engine import Interrupted
 from toughen.errors import InputError
-from toughen.report import compare_runs
-from toughen.report.tables import comparison_tables
 from toughen.run_folder import RunFolder
+from toughen.statistics import SeedSummary, compare_seeds, over_seeds
 from toughen.sweep import Sweep, SweepFolder, read_sweep, stopped_after, train_serially
 
 CHECKPOINTS = ("last", "best")
@@ -100,6 +99,60 @@ def write(file: Path | None, command: str, runs: Sequence[tuple[int, RunFolder]]
     )
 
 
+def accuracies(rows: Sequence[dict[str, Any]], branch: str, checkpoint: str, name: str) -> dict[int, float]:
+    """Return accuracy by seed, in percent."""
+    found = {}
+    for row in rows:
+        measured = {**row[checkpoint], **{k: v["accuracy"] for k, v in row["attacked"].get(checkpoint, {}).items()}}
+        if row["branch"] == branch and name in measured:
+            found[row["seed"]] = 100 * measured[name]
+    return found
+
+
+def told_by(rows: Sequence[dict[str, Any]], against: str | None) -> str:
+    """Compare each branch with one, at its last and at its best checkpoint, as Markdown; paired by seed."""
+    if not rows:
+        return "nothing is finished yet"
+    branches = list(dict.fromkeys(row["branch"] for row in rows))
+    against = against or branches[1]
+    names = [key for key in rows[0]["last"] if key != "epoch"]
+    names += dict.fromkeys(key for row in rows for key in row["attacked"].get("last", {}) if key not in names)
+    lines = []
+    for name in names:
+        lines += [
+            "",
+            f"| {name} | last | best | last - {against} last | last - {against} best |",
+            "|---|---|---|---|---|",
+        ]
+        reference = {checkpoint: accuracies(rows, against, checkpoint, name) for checkpoint in CHECKPOINTS}
+        for branch in branches:
+            last, best = (accuracies(rows, branch, checkpoint, name) for checkpoint in CHECKPOINTS)
+            if last:
+                differences = [difference(last, reference[checkpoint]) for checkpoint in CHECKPOINTS]
+                lines.append("| " + " | ".join((branch, mean(last), mean(best), *differences)) + " |")
+    seeds = len({row["seed"] for row in rows})
+    return (
+        f"{seeds} seeds; mean, and in brackets the 95 % interval of the mean difference, paired by seed\n"
+        + "\n".join(lines)
+    )
+
+
+def mean(found: dict[int, float]) -> str:
+    """Write mean and standard deviation."""
+    summary = over_seeds(list(found.values()))
+    return f"{summary.mean:.1f}" + ("" if summary.sd is None else f" (sd {summary.sd:.1f})")
+
+
+def difference(first: dict[int, float], second: dict[int, float]) -> str:
+    """Write the mean difference over the seeds that both have."""
+    both = first.keys() & second.keys()
+    if first == second or not both:
+        return ""
+    summary: SeedSummary = compare_seeds({s: first[s] for s in both}, {s: second[s] for s in both})
+    interval = summary.interval
+    return f"{summary.mean:+.1f}" + ("" if interval is None else f" [{interval.low:+.1f}, {interval.high:+.1f}]")
+
+
 def main() -> None:
     """Train, attack, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,6 +163,7 @@ def main() -> None:
     parser.add_argument("--attacks", help="on each network when all are trained, for example pgd-50,standard")
     parser.add_argument("--samples", type=positive, default=1000, help="test images for them (default: 1000)")
     parser.add_argument("--only", nargs="+", help="branches to attack (default: all)")
+    parser.add_argument("--against", metavar="BRANCH", help="what all are compared with (default: the first branch)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sweep = study(options.file, options.data)
@@ -129,9 +183,7 @@ def main() -> None:
     finally:
         runs = list(finished(folder, sweep))
         write(options.json, command, runs, attacked)
-    from rich.console import Console
-
-    Console(width=150).print(comparison_tables(compare_runs([run for _, run in runs])))
+    print(told_by(gather(runs, attacked), options.against))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,14 @@ def test_all_networks_are_attacked_and_told_with_their_seeds(study, monkeypatch,
     assert found["provenance"]["versions"]["torch"]
     said = capsys.readouterr()
     assert "next, 1 of 2: small/seed-0, 3 epochs. It decides: Whether it works." in said.err
-    assert "accuracy on 40 test images" in said.out
+    assert "| pgd-3 | last | best | last - pgd-at last | last - pgd-at best |" in said.out
+    clean = {row["branch"]: [] for row in found["rows"]}
+    for row in found["rows"]:
+        clean[row["branch"]].append(100 * row["last"]["clean"])
+    difference = sum(clean["clat"]) / 2 - sum(clean["pgd-at"]) / 2
+    [line] = [line for line in said.out.split("| pgd-2 |")[0].splitlines() if line.startswith("| clat |")]
+    assert f"| {sum(clean['clat']) / 2:.1f} (sd " in line
+    assert f"| {difference:+.1f} [" in line or difference == 0
 
 
 def test_a_stop_keeps_the_results_of_what_is_finished(study, monkeypatch, tmp_path, capsys):
