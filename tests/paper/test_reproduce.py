@@ -267,3 +267,10 @@ def test_what_is_not_trained_is_missing_in_a_figure(done: Path, monkeypatch: pyt
 def test_a_run_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not trained"):
         Bench(tmp_path, scale(), {}, {}).run(Network("CIFAR-10", "RN18"), 0)
+
+
+@pytest.mark.usefixtures("small")
+def test_with_workers_the_same_runs_are_trained_on_ray(tmp_path: Path, done: Path) -> None:
+    pytest.importorskip("ray", reason='needs Ray: pip install "toughen[ray]"')
+    assert main(["reproduce", "6", "--out", "runs", "--workers", "1"]) == 0
+    assert table(tmp_path / "runs", 6) == table(done, 6)
