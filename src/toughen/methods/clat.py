@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from toughen import processes
 from toughen.attacks import Attack, FeatureNorm, FeatureShift, fgsm_rs
-from toughen.criticality import CriticalityOptions, CriticalityReport, analyze
+from toughen.criticality import CriticalityOptions
 from toughen.criticality.selection import SELECTORS, Fixed, Selection, SelectionRule
 from toughen.errors import InputError, check_choices
-from toughen.layers import Layer, LayerMap, NormStats, TrainableSet, map_layers
+from toughen.layers import NormStats
 from toughen.layers.taps import buffers_kept, mode, random_state_kept
+from toughen.methods.critical_layers import CriticalLayers
 from toughen.methods.wrapper import LiveWrapper, Wrapper
 from toughen.objectives import METHODS, Live, Method, feature_loss
 from toughen.objectives.cross_entropy import cross_entropy
 from toughen.objectives.feature_loss import LayerGradient
-from toughen.rng import generator, stream_seed
+from toughen.rng import generator
 from toughen.types import AdversarialBatch, Batch, Batches, Features, StepOutput
 
 
@@ -195,15 +196,24 @@ class LiveCLAT(LiveWrapper):
     def __init__(self, inner: Live, *, settings: CLAT, attack: Attack, seed: int) -> None:
         super().__init__(inner, seed=seed)
         self.settings = settings
-        self.attack = attack
+        self.critical = CriticalLayers(
+            model=self.model,
+            attack=attack,
+            seed=seed,
+            rule=settings.rule(),
+            k=settings.k,
+            named=settings.layers,
+            classifier=settings.classifier == "include",
+            start_epoch=settings.start_epoch,
+            every=settings.every,
+            criticality=settings.criticality,
+            norm_stats=settings.norm_stats,
+            norm_affine=settings.norm_affine,
+        )
         self.feature_attack = attack
         if settings.inner_max == "fgsm-rs":
             self.feature_attack = fgsm_rs(attack.threat, model_mode=getattr(attack, "model_mode", "eval"))
-        self.trainable_set: TrainableSet | None = None
-        self.layer_map: LayerMap | None = None
-        self.first_epoch: int | None = None
         self.lam: float = 0.0 if settings.lam == "auto" else float(settings.lam)
-        self._layers: tuple[Layer, ...] = ()
         self._shares_clean = False
 
     # -- what trains ------------------------------------------------------------------------------
@@ -217,103 +227,37 @@ class LiveCLAT(LiveWrapper):
             InputError: A selection is due and ``probe`` is empty, or ``k`` is larger than the number of layers.
         """
         inner = super().epoch_start(epoch, probe, optimizer=optimizer)
-        if not self._due(epoch):
+        if not self.critical.due(epoch):
             return inner
         images = _first_images(probe, self.settings.probe_size)
-        report = self._report(images, epoch)
-        draw = generator(self.seed, "select", epoch)
-        k = self._num_layers(self._map(images[0]))
-        choice = self._trainable_rows(report)
-        names = self.settings.rule()(choice, k, classifier=self.settings.classifier == "include", generator=draw)
-        self._train_only(names, optimizer)
-        processes.check_agree(names, "which layers are the most critical")
-        shares = self._may_share_clean and self._looks_alike_in_attack(images[0])
-        self._shares_clean = processes.of_first(shares)
-        if self.first_epoch is None:
-            self.first_epoch = epoch
-            if self.settings.lam == "auto":
-                self.lam = self._balanced_lam(images)
-        return Selection(epoch, names, report)
-
-    def _due(self, epoch: int) -> bool:
-        if self.first_epoch is None:
-            return epoch >= self.settings.start_epoch
-        every = self.settings.every
-        return every is not None and (epoch - self.first_epoch) % every == 0
+        begins, trained = self.critical.first_epoch is None, self.trainable()
+        selection = self.critical.choose(images, epoch)
+        self._freeze_own()
+        if optimizer is not None:
+            self._drop_momentum(optimizer, trained)
+        self._shares_clean = processes.of_first(self._may_share_clean and self._looks_alike_in_attack(images[0]))
+        if begins and self.settings.lam == "auto":
+            self.lam = self._balanced_lam(images)
+        return selection
 
     def check(self, example: Tensor) -> None:
         """See ``Live.check``."""
-        selectable = (
-            self._map(example).selectable if self.settings.classifier == "exclude" else self._map(example).measurable
-        )
-        if self.settings.k is not None and self.settings.k > len(selectable):
-            raise InputError(
-                f"clat k is {self.settings.k}; {type(self.model).__name__} has {len(selectable)} layers "
-                f"to choose from, so k must be 1 to {len(selectable)}"
-            )
-        for name in self.settings.layers:
-            if self._map(example).by_name(name).num_calls > 1:
-                raise InputError(
-                    f"layer {name!r} runs more than once per forward, so it can't be selected; name another"
-                )
+        self.critical.check(example)
         super().check(example)
 
-    def _map(self, images: Tensor) -> LayerMap:
-        if self.layer_map is None:
-            options, device = self.settings.criticality, next(self.model.parameters()).device
-            self.layer_map = map_layers(
-                self.model, images[:1].to(device), granularity=options.granularity, exclude=options.exclude
-            )
-        return self.layer_map
-
-    def _report(self, images: tuple[Tensor, Tensor], epoch: int) -> CriticalityReport:
-        seed = stream_seed(self.seed, "selection attack", epoch)
-        layers, options = self._map(images[0]), self.settings.criticality
-        mine = (processes.own_rows(images[0]), processes.own_rows(images[1]))
-        return analyze(self.model, [mine], attack=self.attack, layers=layers, options=options, seed=seed)
-
-    def _trainable_rows(self, report: CriticalityReport) -> CriticalityReport:
-        """The rows of layers with something to train: frozen neither by the user nor, without adapter, by LoRA."""
-        assert self.layer_map is not None
-        layers, trains = self.layer_map, self._made_set().may_train
-        for name in self.settings.layers:
-            if not trains(layers.by_name(name)):
-                raise InputError(
-                    f"clat layer {name!r} is frozen before CLAT selects it (LoRA freezes layers without an adapter), so"
-                    " nothing would train; name another"
-                )
-        return replace(report, rows=tuple(row for row in report.rows if trains(layers.by_name(row.name))))
-
-    def _num_layers(self, layers: LayerMap) -> int:
-        if self.settings.k is not None:
-            return self.settings.k
-        return len(self.settings.layers) or max(1, round(0.05 * len(layers.selectable)))
-
-    def _train_only(self, names: tuple[str, ...], optimizer: torch.optim.Optimizer | None) -> None:
-        assert self.layer_map is not None
-        before = {id(p) for p in self.trainable()}
-        self._select(tuple(self.layer_map.by_name(name) for name in names))
-        if optimizer is None or self.settings.on_reselect == "keep":
-            return
-        staying = {id(p) for p in self.trainable()} & before if self.settings.on_reselect == "staying" else set()
-        for parameter in list(optimizer.state):
-            if id(parameter) not in staying:
-                del optimizer.state[parameter]
-
-    def _select(self, layers: tuple[Layer, ...]) -> None:
-        self._layers = layers
-        self._made_set().select(layers)
-        for parameter in self.own_parameters().values():  # they serve layers that are frozen now
+    def _freeze_own(self) -> None:
+        """Freeze the inner method's own parameters: they serve layers that are frozen now."""
+        for parameter in self.own_parameters().values():
             parameter.requires_grad_(False)
             parameter.grad = None
 
-    def _made_set(self) -> TrainableSet:
-        if self.trainable_set is None:  # only now: what an inner method has frozen for good stays frozen
-            settings = self.settings
-            self.trainable_set = TrainableSet(
-                self.model, norm_stats=settings.norm_stats, norm_affine=settings.norm_affine
-            )
-        return self.trainable_set
+    def _drop_momentum(self, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+        if self.settings.on_reselect == "keep":
+            return
+        staying = {id(p) for p in self.trainable()} & {id(p) for p in trained}
+        for parameter in list(optimizer.state):
+            if self.settings.on_reselect == "reset" or id(parameter) not in staying:
+                del optimizer.state[parameter]
 
     def _balanced_lam(self, images: tuple[Tensor, Tensor]) -> float:
         """``rho * CE_0 / L_C0`` on the probe."""
@@ -325,29 +269,25 @@ class LiveCLAT(LiveWrapper):
             with torch.no_grad(), mode(self.model, training=False):
                 at_start = len(x) * float(cross_entropy(self.view(x), y))
                 distance = len(x) * float(
-                    feature_loss(self.view, x, x_adv, self._names, norm=self.settings.feature_norm)
+                    feature_loss(self.view, x, x_adv, self.critical.names, norm=self.settings.feature_norm)
                 )
         at_start, distance = processes.mean(at_start), processes.mean(distance)
         return self.settings.rho * at_start / max(distance, 1e-12)
 
     @property
-    def _names(self) -> tuple[str, ...]:
-        return tuple(layer.name for layer in self._layers)
-
-    @property
     def selected(self) -> tuple[str, ...] | None:
         """See ``Live.selected``."""
-        return self._names or None
+        return self.critical.names or None
 
     @property
     def lr_scale(self) -> float:
         """See ``Live.lr_scale``."""
-        return super().lr_scale * (self.settings.lr_scale if self._layers else 1.0)
+        return super().lr_scale * (self.settings.lr_scale if self.critical.layers else 1.0)
 
     @property
     def schedule_start(self) -> int:
         """See ``Live.schedule_start``."""
-        return self.first_epoch or 0 if self.settings.lr == "restart" else super().schedule_start
+        return self.critical.first_epoch or 0 if self.settings.lr == "restart" else super().schedule_start
 
     @property
     def probe_size(self) -> int:
@@ -362,25 +302,24 @@ class LiveCLAT(LiveWrapper):
     @property
     def _keeps_inner(self) -> bool:
         """Whether a step now is the inner method's own, L_C apart."""
-        return not self._layers or self.settings.base == "inner"
+        return not self.critical.layers or self.settings.base == "inner"
 
     def facts(self) -> dict[str, float]:
         """See ``Live.facts``."""
-        return {**super().facts(), **({"lam": self.lam} if self._layers else {})}
+        return {**super().facts(), **({"lam": self.lam} if self.critical.layers else {})}
 
     def release(self) -> None:
         """See ``Live.release``."""
-        if self.trainable_set is not None:
-            self.trainable_set.restore()
+        self.critical.release()
         super().release()
 
     # -- what is minimised ------------------------------------------------------------------------
 
     def perturb(self, batch: Batch, *, generator: torch.Generator) -> AdversarialBatch:
         """Solve Eq. 5's inner problem on the selected layers, where the loss needs it."""
-        if not self._layers:
+        if not self.critical.layers:
             return self.inner.perturb(batch, generator=generator)
-        self._apply_mode()
+        self.critical.apply_mode()
         inner = self.inner.perturb(batch, generator=generator) if self._keeps_inner else None
         if self.lam == 0 and self.settings.base != "adv_ce":
             return AdversarialBatch(batch, batch.x, inner)
@@ -391,9 +330,9 @@ class LiveCLAT(LiveWrapper):
 
     def loss(self, adv: AdversarialBatch) -> StepOutput:
         """Return Eq. 6: the base loss plus ``lam`` times L_C of the selected layers."""
-        if not self._layers:
+        if not self.critical.layers:
             return self.inner.loss(adv)
-        self._apply_mode()
+        self.critical.apply_mode()
         settings, clean = self.settings, adv.clean
         if settings.base == "inner":
             assert adv.inner is not None
@@ -412,7 +351,7 @@ class LiveCLAT(LiveWrapper):
             self.view,
             adv.batch.x,
             adv.x_adv,
-            self._names,
+            self.critical.names,
             norm=settings.feature_norm,
             clean=None if clean is None else clean.values,
             clean_grad=settings.clean_grad,
@@ -423,7 +362,7 @@ class LiveCLAT(LiveWrapper):
 
     def _clean_pass(self, x: Tensor) -> Features:
         """F_i(x) of the selected layers, as the loss needs it, and the logits where it needs them too."""
-        names = self._names if self.lam else ()
+        names = self.critical.names if self.lam else ()
         if self.settings.base == "clean_ce":
             return self.view.features(x, names)
         keep = self.settings.clean_grad == "keep" and self.settings.layer_grad == "flow"
@@ -444,26 +383,22 @@ class LiveCLAT(LiveWrapper):
 
     def _looks_alike_in_attack(self, images: Tensor) -> bool:
         """Whether the features of a step are bit for bit those in eval mode, so that an attack can have them too."""
-        x, names = images.to(next(self.model.parameters()).device), self._names
+        x, names = images.to(next(self.model.parameters()).device), self.critical.names
         with (
             torch.no_grad(),
             mode(self.model, training=True),
             buffers_kept(self.model),
             random_state_kept(self.model),
         ):
-            self._apply_mode()
+            self.critical.apply_mode()
             in_step = self.view.features(x, names, stop_early=True).values
             with mode(self.model, training=False):
                 in_attack = self.view.features(x, names, stop_early=True).values
         return all(torch.equal(in_step[name], in_attack[name]) for name in names)
 
-    def _apply_mode(self) -> None:
-        assert self.trainable_set is not None
-        self.trainable_set.apply_mode()
-
     def _feature_perturb(self, batch: Batch, draw: torch.Generator, clean: Features | None = None) -> Tensor:
         goal = FeatureShift(
-            layers=self._names,
+            layers=self.critical.names,
             norm=self.settings.feature_norm,
             stop_early=self.settings.forward == "truncated",
             clean=None if clean is None else clean.values,
@@ -476,27 +411,22 @@ class LiveCLAT(LiveWrapper):
         """See ``Live.state_dict``."""
         return {
             **super().state_dict(),
-            "first_epoch": self.first_epoch,
+            **self.critical.state_dict(),
             "lam": self.lam,
             "shares_clean": self._shares_clean,
-            "selected": [asdict(layer) for layer in self._layers],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``Live.load_state_dict``; freezes what was frozen."""
-        if self.trainable_set is not None:  # a state of before: the inner method says anew what may train
-            self.trainable_set.restore()
-            self.trainable_set = None
+        self.critical.forget()  # a state of before: the inner method says anew what may train
         for parameter in self.own_parameters().values():
             parameter.requires_grad_(True)
         super().load_state_dict(state)
-        self.first_epoch, self.lam = state["first_epoch"], state["lam"]
+        self.critical.load_state_dict(state)
+        if self.critical.layers:
+            self._freeze_own()
+        self.lam = state["lam"]
         self._shares_clean = state["shares_clean"] and self._may_share_clean  # a branch may have other settings
-        layers = tuple(Layer(**{**layer, "parameters": tuple(layer["parameters"])}) for layer in state["selected"])
-        if layers:
-            self._select(layers)
-        else:
-            self._layers = ()
 
 
 class _Untrained(Live):
