@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from toughen.attacks.goals import FeatureNorm, Objective, feature_distance, sum_over
+from toughen.attacks.goals import FeatureNorm, Objective, distance_from
 from toughen.errors import InputError
 from toughen.layers import ModelView
 
@@ -39,14 +39,5 @@ class FeatureMatch:
         """See ``Goal.bind``; ``x`` and ``y`` are not used."""
         with torch.no_grad():
             target = view.features(self.x_target, self.layers, stop_early=self.stop_early).values
-
-        def closeness(x_adv: Tensor) -> Tensor:
-            distances = view.features(
-                x_adv,
-                self.layers,
-                reduce=lambda name, feature: feature_distance(feature, target[name], norm=self.norm),
-                stop_early=self.stop_early,
-            ).values
-            return -sum_over(distances.values())
-
-        return closeness
+        distance = distance_from(target, view, norm=self.norm, stop_early=self.stop_early)
+        return lambda x_adv: -distance(x_adv)

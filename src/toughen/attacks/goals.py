@@ -128,18 +128,32 @@ class FeatureShift:
         """See ``Goal.bind``; ``y`` is not used."""
         with torch.no_grad():
             known = self.clean or view.features(x, self.layers, stop_early=self.stop_early).values
-        clean = {name: feature.detach() for name, feature in known.items()}
+        clean = {name: known[name].detach() for name in self.layers}
+        return distance_from(clean, view, norm=self.norm, stop_early=self.stop_early)
 
-        def shift(x_adv: Tensor) -> Tensor:
-            distances = view.features(
-                x_adv,
-                self.layers,
-                reduce=lambda name, feature: feature_distance(feature, clean[name], norm=self.norm),
-                stop_early=self.stop_early,
-            ).values
-            return sum_over(distances.values())
 
-        return shift
+def distance_from(
+    reference: Mapping[str, Tensor], view: ModelView, *, norm: FeatureNorm, stop_early: bool
+) -> Objective:
+    """Return the map of x_adv [B, ...] to the sum over layers of ||F_i(x_adv) - reference_i||, [B].
+
+    Args:
+        reference: Features by layer, [B, ...], taken as constant.
+        view: The network.
+        norm: See ``feature_distance``.
+        stop_early: Leave out what follows the deepest layer.
+    """
+
+    def distance(x_adv: Tensor) -> Tensor:
+        distances = view.features(
+            x_adv,
+            tuple(reference),
+            reduce=lambda name, feature: feature_distance(feature, reference[name], norm=norm),
+            stop_early=stop_early,
+        ).values
+        return sum_over(distances.values())
+
+    return distance
 
 
 def feature_distance(feature: Tensor, clean: Tensor, *, norm: FeatureNorm = "l2") -> Tensor:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, Protocol
@@ -205,10 +205,8 @@ class PGD:
             value = objective(x_adv)
         return _worse(best, best_value, x_adv, value) if self.keep == "worst" else (x_adv, value)
 
-    @contextmanager
-    def _folded(self, model: nn.Module, x: Tensor, goal: Goal) -> Iterator[None]:
-        with norms_folded(model, x, keep=getattr(goal, "layers", ())) if self.fold_norms else nullcontext():
-            yield
+    def _folded(self, model: nn.Module, x: Tensor, goal: Goal) -> AbstractContextManager[None]:
+        return norms_folded(model, x, keep=getattr(goal, "layers", ())) if self.fold_norms else nullcontext()
 
     @contextmanager
     def _as_found(self, model: nn.Module) -> Iterator[None]:
