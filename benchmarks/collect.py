@@ -6,6 +6,7 @@ python benchmarks/collect.py runs/digits-0 runs/digits-1 runs/digits-2 --json re
 import argparse
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,18 @@ def member(run: RunFolder, name: str) -> dict[str, Any]:
         ),
         "lam": log[-1].get("lam"),
         "selections": {str(epoch): report["selected"] for epoch, report in run.reports().items()},
+        "selected_numbers": {str(epoch): numbers(report) for epoch, report in run.reports().items()},
         "robust_validation_accuracy": {
             str(row["epoch"]): row["validation"]["robust"] for row in log if "validation" in row
         },
         **accuracies,
     }
+
+
+def numbers(report: Mapping[str, Any]) -> list[int]:
+    """Return the selected layers as the paper numbers them, by order of execution."""
+    by_name = {layer["name"]: layer["index"] for layer in report["layers"]}
+    return [by_name[name] for name in report["selected"]]
 
 
 def main() -> None:
