@@ -9,7 +9,7 @@ import yaml
 from small_runs import clat, document, fingerprints, log, train
 from toughen.errors import InputError
 from toughen.run_folder import RunFolder
-from toughen.sweep import SweepFolder, read_sweep, train_serially
+from toughen.sweep import SweepFolder, finished_runs, read_sweep, train_serially
 
 BRANCHES = {"pgd-at": {}, "clat": clat(lam=0.03)}
 
@@ -88,3 +88,26 @@ def test_a_run_that_differs_in_more_than_further_branches_is_refused(
     train_serially(sweep(tmp_path, recipe=document(**begun)), folder, say=lambda _: None)
     with pytest.raises(InputError, match=message):
         folder.lay_out(sweep(tmp_path, recipe=document(**{**begun, **changed})))
+
+
+def test_a_sweep_that_is_refused_for_one_run_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "runs")
+    begun = document(branch_epoch=1, branches={"pgd-at": {}})
+    train_serially(sweep(tmp_path, recipe=begun, runs={"a": {}, "b": {}}), folder, say=lambda _: None)
+    before = RunFolder.open(folder.path / "a" / "seed-0").config()
+    wider = document(branch_epoch=1, branches=BRANCHES)
+    with pytest.raises(InputError, match="other settings of threat"):
+        folder.lay_out(sweep(tmp_path, recipe=wider, runs={"a": {}, "b": {"threat": {"eps": 0.1}}}))
+    run = RunFolder.open(folder.path / "a" / "seed-0")
+    assert run.finished
+    assert run.config() == before
+
+
+def test_a_folder_remembers_the_runs_of_earlier_sweeps(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "runs")
+    for name in ("a", "b"):
+        train_serially(sweep(tmp_path, recipe=document(), runs={name: {}}), folder, say=lambda _: None)
+    found = finished_runs(folder.path)
+    assert found is not None
+    assert {run.path.parent.name for run in found[0]} == {"a", "b"}
+    assert found[1] == []

@@ -68,11 +68,11 @@ class SweepFolder:
         if RunFolder(self.path).config_file.exists():
             raise InputError(f"sweep folder {self.path} is the folder of a run; choose another --out")
         found = [
-            _with_branches(Progress(run, RunFolder(self.path / run.name)), allow_code=sweep.allow_code)
-            for run in sweep.runs
+            _taken_up(Progress(run, RunFolder(self.path / run.name)), allow_code=sweep.allow_code) for run in sweep.runs
         ]
         self._check_names(found)
-        for one in found:
+        for one in found:  # only now, when nothing more is refused
+            _add_branches(one)
             _make(one.folder.path)
             write_text(one.folder.path / RECIPE, yaml.safe_dump(one.run.document, sort_keys=False))
         self.write(sweep, found)
@@ -80,11 +80,7 @@ class SweepFolder:
 
     def _check_names(self, runs: Sequence[Progress]) -> None:
         """Refuse to train once more what was begun under another name, since names say what differs in the file."""
-        try:
-            entries = _entries(self.path / STORE) if (self.path / STORE).is_file() else []
-        except InputError:  # damaged: it is written anew
-            return
-        before = {_text(entry.get("recipe")): self.path / str(entry["folder"]) for entry in entries}
+        before = {_text(entry.get("recipe")): self.path / str(entry["folder"]) for entry in self._before()}
         for one in runs:
             old = before.get(_text(one.run.document), one.folder.path)
             if not one.folder.config_file.exists() and RunFolder(old).config_file.exists():
@@ -93,8 +89,21 @@ class SweepFolder:
                     f" {one.folder.path}, or remove it, and it is trained anew"
                 )
 
+    def _before(self) -> list[dict[str, Any]]:
+        """The entries of ``sweep.json``, none where it is damaged: it is written anew."""
+        try:
+            return _entries(self.path / STORE) if (self.path / STORE).is_file() else []
+        except InputError:
+            return []
+
     def write(self, sweep: Sweep, runs: Sequence[Progress]) -> None:
-        """Write ``sweep.json``."""
+        """Write ``sweep.json``; runs of before that are no part of this sweep stay in it while they are there."""
+        names = {one.run.name for one in runs}
+        others = [
+            entry
+            for entry in self._before()
+            if entry["folder"] not in names and _inside(entry["folder"]) and self._begun(entry["folder"])
+        ]
         content = {
             "name": sweep.name,
             "file": sweep.file,
@@ -111,9 +120,13 @@ class SweepFolder:
                     "recipe": one.run.document,
                 }
                 for one in runs
-            ],
+            ]
+            + others,
         }
         write_text(self.path / STORE, sealed(content, indent=1) + "\n")
+
+    def _begun(self, name: str) -> bool:
+        return RunFolder(self.path / name).config_file.is_file()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -167,8 +180,8 @@ def _inside(name: str) -> bool:
     return not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def _with_branches(one: Progress, *, allow_code: Sequence[str]) -> Progress:
-    """Take up what was begun in a run folder, which may get further branches: they go on from where it branched.
+def _taken_up(one: Progress, *, allow_code: Sequence[str]) -> Progress:
+    """Look at what was begun in a run folder: it may have further branches, and may get some.
 
     Raises:
         InputError: It was begun with other settings.
@@ -183,11 +196,19 @@ def _with_branches(one: Progress, *, allow_code: Sequence[str]) -> Progress:
         _check_same(section, begun.get(section), wanted.get(section), one.folder)
     for name, branch in one.run.document.get("branches", {}).items():
         _check_same(f"branches.{name}", branches[name], branch, one.folder)
-    if branches.keys() > begun.get("branches", {}).keys():
-        one.folder.rewrite_config(wanted)
-    one.state = "finished" if one.folder.finished else "waiting"
     one.run = replace(one.run, recipe=resolve(wanted))
+    one.state = "finished" if one.folder.finished and not _new_branches(one) else "waiting"
     return one
+
+
+def _new_branches(one: Progress) -> set[str]:
+    return set(one.run.recipe.branches) - set(one.folder.config().get("branches", {}))
+
+
+def _add_branches(one: Progress) -> None:
+    """Write further branches into the settings of a run that has begun; they go on from where it branched."""
+    if one.folder.config_file.exists() and _new_branches(one):
+        one.folder.rewrite_config(one.run.document)
 
 
 def _check_same(section: str, begun: Any, wanted: Any, folder: RunFolder) -> None:
