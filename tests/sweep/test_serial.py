@@ -92,12 +92,12 @@ def test_a_run_that_differs_in_more_than_further_branches_is_refused(
 
 def test_a_sweep_that_is_refused_for_one_run_leaves_the_others_as_they_were(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "runs")
-    begun = document(branch_epoch=1, branches={"pgd-at": {}})
-    train_serially(sweep(tmp_path, recipe=begun, runs={"a": {}, "b": {}}), folder, say=lambda _: None)
+    begun, slow = document(branch_epoch=1, branches={"pgd-at": {}}), {"train.lr": 0.2}
+    train_serially(sweep(tmp_path, recipe=begun, runs={"a": {}, "b": slow}), folder, say=lambda _: None)
     before = RunFolder.open(folder.path / "a" / "seed-0").config()
     wider = document(branch_epoch=1, branches=BRANCHES)
     with pytest.raises(InputError, match="other settings of threat"):
-        folder.lay_out(sweep(tmp_path, recipe=wider, runs={"a": {}, "b": {"threat": {"eps": 0.1}}}))
+        folder.lay_out(sweep(tmp_path, recipe=wider, runs={"a": {}, "b": {**slow, "threat": {"eps": 0.1}}}))
     run = RunFolder.open(folder.path / "a" / "seed-0")
     assert run.finished
     assert run.config() == before
@@ -105,8 +105,9 @@ def test_a_sweep_that_is_refused_for_one_run_leaves_the_others_as_they_were(tmp_
 
 def test_a_folder_remembers_the_runs_of_earlier_sweeps(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "runs")
-    for name in ("a", "b"):
-        train_serially(sweep(tmp_path, recipe=document(), runs={name: {}}), folder, say=lambda _: None)
+    for name, lr in (("a", 0.05), ("b", 0.1)):
+        changes = {name: {"train.lr": lr}}
+        train_serially(sweep(tmp_path, recipe=document(), runs=changes), folder, say=lambda _: None)
     found = finished_runs(folder.path)
     assert found is not None
     assert {run.path.parent.name for run in found[0]} == {"a", "b"}
