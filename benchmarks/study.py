@@ -239,7 +239,7 @@ def main() -> None:
     command = command_of(sys.argv[1:], options.data)
     try:
         with stopped_after(options.minutes):
-            train_serially(sweep, folder, say=piece)
+            train_serially(sweep, folder, say=lambda _, text: piece(text))
             networks = list(trained(folder, sweep)) if options.attacks else []
             for network in networks:
                 if not options.only or network.branch in options.only:

@@ -9,7 +9,7 @@ from toughen.paper import SCALES, Scale, values
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "1": [
-        {"method": "PGD-AT", "values": {"clean": 80.05, "pgd10": 58.15}},
+        {"method": "PGD-AT", "values": {"clean": 80.05, "pgd10": 58.15}, "another": {"pgd10": "PGD-20"}},
         {"method": "PGD-AT+CLAT", "values": {"clean": 81.03, "pgd10": None}, "doubtful": ["pgd10"], "note": "blurred"},
         {"method": "Bai2024+CLAT", "values": {"clean": 92.11}},
     ],

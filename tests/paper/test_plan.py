@@ -1,6 +1,7 @@
 """What the paper's rows mean: values, networks, recipes, runs."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import yaml
 from toughen.config import resolve
 from toughen.errors import InputError
 from toughen.paper import FIGURES, SCALES, Network, PaperRow, Piece, make_plan, networks, paper_rows, pieces
-from toughen.paper.networks import ARCHITECTURES, with_layers
+from toughen.paper.networks import ARCHITECTURES, remarks, with_layers
 from toughen.paper.plan import Plan, sweep_document
 from toughen.sweep import Resources, read_sweep
 
@@ -64,8 +65,9 @@ def test_every_network_of_a_table_or_figure_can_be_trained(piece: Piece, scale: 
     runs = {run.name: run.recipe for run in found.sweep.runs}
     for network in piece.needs():
         if network in found.impossible:
-            assert "no published weights for CIFAR-100" in found.impossible[network]
-        elif not network.published(SCALES[scale]):
+            assert network.from_published(SCALES[scale])
+            assert re.search("no published weights for CIFAR-100|give it with --weights", found.impossible[network])
+        else:
             recipe = runs[f"{network.run_name(SCALES[scale])}/seed-0"]
             branch = network.branch(SCALES[scale])
             assert branch is None or branch in recipe.branches
@@ -126,12 +128,57 @@ def test_settings_of_clat_replace_the_literal_ones() -> None:
 
 
 def test_published_weights_go_on_at_the_rate_that_a_schedule_has_half_way() -> None:
-    recipe = resolve(Network("CIFAR-10", "RN50", "engstrom2019", "clat").document(SCALES["full"], clat={}))
-    assert recipe.model.pretrained
+    weights = {"Engstrom2019Robustness": "somewhere.pt"}
+    network = Network("CIFAR-10", "RN50", "engstrom2019", "clat")
+    recipe = resolve(network.document(SCALES["full"], clat={}, weights=weights))
+    assert recipe.model.weights == "somewhere.pt"
     assert recipe.train.epochs == 50
     assert math.isclose(recipe.train.lr, 0.05)
     whole = resolve(Network("CIFAR-10", "RN50").document(SCALES["full"], clat={})).train
     assert math.isclose(recipe.train.lr_at(0), whole.lr_at(0.5))
+
+
+def test_without_their_file_published_weights_can_not_be_had_and_it_is_said_how() -> None:
+    found = make_plan(pieces("2"), SCALES["full"], seeds=1, clat={}, paths={})
+    reason = found.impossible[Network("CIFAR-10", "RN50", "engstrom2019")]
+    assert reason.endswith("give it with --weights Engstrom2019Robustness=FILE")
+    weights = {"Engstrom2019Robustness": "somewhere.pt"}
+    found = make_plan(pieces("2"), SCALES["full"], seeds=1, clat={}, paths={}, weights=weights)
+    assert not any(network.base == "engstrom2019" for network in found.impossible)
+    assert "cifar10-resnet50-engstrom2019-clat" in found.needed_by
+    assert "cifar10-resnet50-engstrom2019-base" not in found.needed_by
+
+
+def test_rift_takes_the_last_ten_epochs_after_the_110_of_appendix_d9() -> None:
+    [network] = networks(PaperRow(1, "CIFAR-10", "RN18", "PGD-AT+RiFT", {}))
+    recipe = resolve(network.document(SCALES["full"], clat={}))
+    assert (recipe.branch_epoch, recipe.train.epochs) == (110, 120)
+    rift = recipe.branches["rift"]
+    assert rift.train.epochs == 120
+    assert math.isclose(rift.train.lr * rift.method.methods[-1].lr_scale, 0.001)
+
+
+def test_a_figure_over_numbers_of_layers_refuses_another_number_for_all() -> None:
+    with pytest.raises(InputError, match=r"figure-3, figure-7 vary the number of layers; leave k out of --clat"):
+        make_plan(pieces("all"), SCALES["full"], seeds=1, clat={"k": 2}, paths={})
+
+
+def test_each_difference_is_told_with_the_rows_that_it_is_about() -> None:
+    full, digits = SCALES["full"], SCALES["digits"]
+    assert remarks(PaperRow(1, "CIFAR-10", "RN18", "PGD-AT", {}), full) == []
+    [said] = remarks(PaperRow(15, "Imagenette", "RN50", "PGD-AT", {}), full)
+    assert said == "Imagenette at 64 pixels, which the paper does not say"
+    row = PaperRow(2, "CIFAR-10", "RN50", "(Madry et al. 2019)", {})
+    assert remarks(row, full) == ["(Madry et al. 2019) is Engstrom2019Robustness of RobustBench"]
+    assert remarks(row, digits) == []
+    [said] = remarks(PaperRow(1, "CIFAR-10", "RN18", "AutoLoRA", {}), full)
+    assert said == "AutoLoRA starts from random weights, the paper's from ImageNet's"
+
+
+def test_figures_of_another_measurement_are_marked() -> None:
+    marked = [(row.table, row.method, metric) for row in ROWS for metric in row.another]
+    assert {(1, "Peng2023", "pgd10"), (14, "CLAT fixed layers", "pgd10"), (18, "AWP", "pgd10")} <= set(marked)
+    assert all(row.another.keys() <= row.values.keys() - set(row.doubtful) for row in ROWS)
 
 
 def test_the_figures_number_of_layers_that_is_the_papers_own_is_the_tables_network() -> None:

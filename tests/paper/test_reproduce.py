@@ -39,7 +39,10 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_file_of_a_table_says_where_it_was_measured(done: Path) -> None:
     content = json.loads((done / "tables" / "table-1.json").read_text())
     assert content["provenance"]["versions"]["torch"]
+    assert "seed" not in content["provenance"]
+    assert content["seeds"] == [0]
     assert content["differs"] == list(scale().differs)
+    assert "Bai2024+CLAT mixes our own clean and robust networks, 0.8 of the robust one" in str(content["remarks"])
 
 
 def table(folder: Path, number: int) -> list[dict[str, object]]:
@@ -54,24 +57,25 @@ def test_accuracies_are_those_of_the_run_that_stands_behind_the_row(done: Path) 
     for row, name in ((pgd_at, "base"), (clat, "clat")):
         found = run.branch(name).evaluations("last")
         assert row["ours"] == {
-            "clean": [100 * found["clean"]["accuracy"]],
-            "pgd10": [100 * found["pgd-10"]["accuracy"]],
+            "clean": {"0": 100 * found["clean"]["accuracy"]},
+            "pgd10": {"0": 100 * found["pgd-10"]["accuracy"]},
         }
         assert found["pgd-10"]["n"] == 20
 
 
 def test_what_the_paper_prints_stands_beside_with_its_doubts(done: Path) -> None:
     text = (done / "tables" / "table-1.md").read_text()
-    assert re.search(r"\| CIFAR-10 \| RN18 \| PGD-AT \| 80\.05 \| [\d.]+ \| 58\.15 \| [\d.]+ \|", text)
+    assert re.search(r"\| CIFAR-10 \| RN18 \| PGD-AT \| 80\.05 \| [\d.]+ \| 58\.15\* \| [\d.]+ \|", text)
+    assert "* not what the table's title says: PGD-20 (CIFAR-10 RN18 PGD-AT)" in text
     assert re.search(r"\| PGD-AT\+CLAT \| 81\.03 \| [\d.]+ \| \? \|", text)
-    assert "? doubtful in the paper: blurred (RN18 PGD-AT+CLAT)" in text
+    assert "? doubtful in the paper: blurred (CIFAR-10 RN18 PGD-AT+CLAT)" in text
     assert "a test of the recipes, which says nothing about the methods" in text
     assert "clean, PGD-10 on 20 test images" in text
 
 
 def test_a_mixture_is_measured_as_one_network(done: Path) -> None:
     [_, _, mixture] = table(done, 1)
-    [accuracy] = mixture["ours"]["clean"]  # type: ignore[index]
+    [accuracy] = mixture["ours"]["clean"].values()  # type: ignore[index]
     assert 0 <= accuracy <= 100
     [kept] = (done / "measured").glob("*clean-base+*clat")
     assert (kept / "seed-0" / "last" / "clean.json").is_file()
@@ -81,7 +85,7 @@ def test_autoattack_is_run_on_the_images_of_the_scale_with_its_queries(done: Pat
     [row] = table(done, 2)
     [kept] = (done / "measured").rglob("autoattack.json")
     found = json.loads(kept.read_text())
-    assert row["ours"] == {"autoattack": [100 * found["accuracy"]]}
+    assert row["ours"] == {"autoattack": {"0": 100 * found["accuracy"]}}
     assert found["n"] == row["n"]["autoattack"] == 8  # type: ignore[index]
     assert found["settings"]["square"]["queries"] == 5
     assert {found["settings"][name]["steps"] for name in ("apgd-ce", "apgd-t", "fab-t")} == {3}
@@ -91,11 +95,13 @@ def test_autoattack_is_run_on_the_images_of_the_scale_with_its_queries(done: Pat
 
 def test_black_box_images_are_made_on_pgd_at_and_shown_to_the_victim(done: Path) -> None:
     [row] = table(done, 3)
-    found = json.loads(next((done / "measured").glob("digits-pgd-10-*.json")).read_text())
-    made, shown = (
-        found["names"].index(f"digits-{name}") for name in ("resnet18-pgd-at-base", "preact_resnet18-pgd-at-clat")
-    )
-    assert row["ours"]["blackbox_pgd"] == [100 * found["accuracy"][made][shown]]  # type: ignore[index]
+    for metric, name, n in (("blackbox_pgd", "pgd-10", 20), ("blackbox_autoattack", "autoattack", 8)):
+        [file] = (done / "measured").rglob(f"{name}-elsewhere.json")
+        assert file.parts[-4:-1] == ("digits-resnet18-pgd-at-base", "seed-0", "last")
+        found = json.loads(file.read_text())
+        victim = found["accuracy"]["digits-preact_resnet18-pgd-at-clat"]
+        assert row["ours"][metric] == {"0": 100 * victim}  # type: ignore[index]
+        assert row["n"][metric] == found["n"] == n  # type: ignore[index]
 
 
 def test_layers_are_the_numbers_of_those_that_clat_found(done: Path) -> None:
@@ -103,21 +109,21 @@ def test_layers_are_the_numbers_of_those_that_clat_found(done: Path) -> None:
     run = RunFolder.open(done / "digits-resnet18-pgd-at" / "seed-0")
     report = run.branch("clat").reports()[5]
     ranked = sorted((one for one in report["layers"] if not one["classifier"]), key=lambda one: -one["criticality"])
-    assert first["critical_layers_top5"] == [[one["index"] for one in ranked[:5]]]  # type: ignore[index]
-    assert first["trainable_share"] == [100 * run.branch("clat").log()[-1]["trainable_share"]]  # type: ignore[index]
+    assert first["critical_layers_top5"] == {"0": [one["index"] for one in ranked[:5]]}  # type: ignore[index]
+    assert first["trainable_share"] == {"0": 100 * run.branch("clat").log()[-1]["trainable_share"]}  # type: ignore[index]
     late = RunFolder.open(done / "digits-resnet18-pgd-at-from-70" / "seed-0").branch("clat").reports()[8]
     [name] = late["selected"]
-    assert later["critical_layers"] == [[next(one["index"] for one in late["layers"] if one["name"] == name)]]  # type: ignore[index]
-    assert len(by_batch["critical_layers_top5"][0]) == 5  # type: ignore[index]
-    assert by_batch["time_s"][0] > 0  # type: ignore[index]
+    assert later["critical_layers"] == {"0": [next(one["index"] for one in late["layers"] if one["name"] == name)]}  # type: ignore[index]
+    assert len(by_batch["critical_layers_top5"]["0"]) == 5  # type: ignore[index]
+    assert by_batch["time_s"]["0"] > 0  # type: ignore[index]
 
 
 def test_a_difference_is_to_pgd_at_under_the_same_attack(done: Path) -> None:
     before, difference = (row["ours"] for row in table(done, 5))
     kept = {file.parts[-4]: json.loads(file.read_text()) for file in (done / "measured").rglob("pgd-50.json")}
     base = 100 * kept["digits-resnet18-pgd-at-base"]["accuracy"]
-    assert before == {"adversarial": [base]}
-    assert difference == {"adversarial_delta": [100 * kept["digits-resnet18-pgd-at-clat"]["accuracy"] - base]}
+    assert before == {"adversarial": {"0": base}}
+    assert difference == {"adversarial_delta": {"0": 100 * kept["digits-resnet18-pgd-at-clat"]["accuracy"] - base}}
 
 
 def test_tables_share_their_runs(done: Path) -> None:
@@ -133,7 +139,7 @@ def test_tables_share_their_runs(done: Path) -> None:
 def test_the_same_command_again_trains_and_attacks_nothing(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {file: file.stat().st_mtime_ns for file in done.rglob("*.json*") if file.parts[-2] != "tables"}
     kept = {file: at for file, at in before.items() if file.name != "sweep.json"}
-    assert main(["reproduce", "1", "2", "3", "--out", str(done)]) == 0
+    assert main(["reproduce", "1", "2", "3", "4", "--out", str(done)]) == 0
     said = capsys.readouterr()
     assert "next" not in said.err
     assert "Table 1: about 1, --scale digits" in said.out
@@ -181,7 +187,7 @@ def test_a_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_seeds_are_told_as_mean_and_range(tmp_path: Path) -> None:
     assert main(["reproduce", "6", "--seeds", "2", "--out", "runs"]) == 0
     [values] = (row["ours"] for row in table(tmp_path / "runs", 6))
-    low, high = sorted(values["clean"])  # type: ignore[index]
+    low, high = sorted(values["clean"].values())  # type: ignore[index]
     text = (tmp_path / "runs" / "tables" / "table-6.md").read_text()
     assert f"| 57.01 | {(low + high) / 2:.2f} ({low:.2f} to {high:.2f}) |" in text
     assert "over 2 seeds, last checkpoint" in text
@@ -197,6 +203,15 @@ def test_seeds_are_told_as_mean_and_range(tmp_path: Path) -> None:
         (["1", "--data", "cifar10"], "--data cifar10 names no folder; write NAME:FOLDER, as in cifar10:data/cifar10"),
         (["1", "--clat", "k"], "'k' is not of the form key.path=value"),
         (["1", "--clat", "kk=3"], "'kk'; did you mean 'k'"),
+        (["1", "--minutes", "1", "--dry-run"], "--dry-run trains nothing: give no --minutes with it"),
+        (["1", "--sweep", "x.yaml", "--dry-run"], "--dry-run trains nothing: give no --sweep with it"),
+        (["1", "--sweep", "x.yaml", "--workers", "2"], "--sweep trains nothing: give no --workers with it"),
+        (["1", "--gpus", "1"], "--gpus is for runs on Ray; give --workers N too"),
+        (["1", "--address", "auto", "--sweep", "x.yaml"], "--address is for runs on Ray; give --workers N too"),
+        (["1", "--workers", "0"], "workers is 0"),
+        (["1", "--weights", "Engstrom2019"], "names no file; write NAME=FILE"),
+        (["1", "--weights", "Engstrom2019=x.pt"], "did you mean 'Engstrom2019Robustness'"),
+        (["1", "--weights", "Engstrom2019Robustness=x.pt"], "there is no file x.pt"),
         (["1", "--sweep", "x.json"], "its name must end in .yaml, .yml"),
         (["1", "--scale", "tiny"], "choose from 'full', 'short', 'digits'"),
     ],
@@ -234,8 +249,9 @@ def test_a_curve_is_the_validation_of_a_run_and_of_what_it_began_from(
     points = json.loads(file.with_suffix(".json").read_text())["points"]
     run = RunFolder.open(done / "digits-resnet18-pgd-at" / "seed-0")
     rows = [*run.log(), *run.branch("clat").log()]
-    assert points["clean"]["CLAT"] == [[10 * row["epoch"], 100 * row["validation"]["clean"]] for row in rows]
-    assert points["pgd10"]["CLAT"] == [[10 * row["epoch"], 100 * row["validation"]["robust"]] for row in rows]
+    for metric, key in (("clean", "clean"), ("pgd10", "robust")):
+        found = [(point["x"], point["mean"], point["n"]) for point in points[metric]["CLAT"]]
+        assert found == [(10 * row["epoch"], 100 * row["validation"][key], 20) for row in rows]
 
 
 def test_a_curve_over_eps_begins_with_clean_images_and_one_over_layers_with_none(
@@ -250,11 +266,13 @@ def test_a_curve_over_eps_begins_with_clean_images_and_one_over_layers_with_none
         assert missing == []
         points = json.loads(file.with_suffix(".json").read_text())["points"][metric]["CLAT"]
         if kind == "layers":
-            assert points == [[1, bench.accuracy((network,), "clean", 0, samples=None)[0]]]
+            mean = bench.accuracy((network,), "clean", 0, samples=None)[0]
+            assert points == [{"x": 1, "mean": mean, "low": mean, "high": mean, "n": 20, "seeds": [0]}]
         else:
-            assert [x for x, _ in points] == [0.05 * factor for factor in figures.STRENGTHS]
-            assert points[0][1] == bench.accuracy((network,), "clean", 0, samples=8)[0]
-            assert points[-1][1] <= points[0][1]
+            assert [point["x"] for point in points] == [0.05 * factor for factor in figures.STRENGTHS]
+            assert points[0]["mean"] == bench.accuracy((network,), "clean", 0, samples=8)[0]
+            assert points[-1]["mean"] <= points[0]["mean"]
+            assert {point["n"] for point in points} == {8}
 
 
 def test_what_is_not_trained_is_missing_in_a_figure(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,9 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     reproduce.add_argument(
         "--data", action="append", default=[], metavar="NAME:FOLDER", help="a local copy of a data set"
     )
+    reproduce.add_argument(
+        "--weights", action="append", default=[], metavar="NAME=FILE", help="weights that RobustBench offers by hand"
+    )
     reproduce.add_argument("--checkpoint", choices=("last", "best"), default="last", help="(default: %(default)s)")
     reproduce.add_argument(
         "--clat", action="append", default=[], metavar="KEY=VALUE", help="another setting of CLAT, such as base=inner"
@@ -193,8 +196,8 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
     reproduce.add_argument("--minutes", type=_number, metavar="M", help="stop then; the same command goes on")
     reproduce.add_argument("--workers", type=int, metavar="N", help="train so many at a time, on Ray")
     reproduce.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster, with --workers")
-    reproduce.add_argument("--cpus", type=_number, default=1, help="of each run on Ray (default: %(default)s)")
-    reproduce.add_argument("--gpus", type=_number, default=0, help="of each run on Ray (default: %(default)s)")
+    reproduce.add_argument("--cpus", type=_number, help="of each run on Ray, or in the file of --sweep (default: 1)")
+    reproduce.add_argument("--gpus", type=_number, help="as --cpus (default: 0)")
     reproduce.add_argument("--dry-run", action="store_true", help="print what would be trained")
     reproduce.add_argument("--sweep", metavar="FILE", help="write the runs as a file for toughen sweep, train nothing")
 

@@ -21,7 +21,7 @@ def run_sweep(options: argparse.Namespace) -> None:
     address = Address(options.address, options.workers)
     check_output(options.slurm)
     sweep = read_sweep(options.file, allow_code=options.allow_code)
-    _check_devices(sweep)
+    check_devices(sweep, "resources.gpus")
     folder = SweepFolder(Path(options.out or Path("runs") / sweep.name))
     if options.dry_run:
         out.print(plan_table(sweep))
@@ -73,14 +73,23 @@ def _show(folder: SweepFolder) -> None:
         note(f"no comparison: {error}")
 
 
-def _check_devices(sweep: Sweep) -> None:
+def check_devices(sweep: Sweep, setting: str) -> None:
+    """Refuse runs for a GPU of which they would see none, and say so where they could have one.
+
+    Args:
+        sweep: The runs.
+        setting: What the user would change, for messages.
+
+    Raises:
+        InputError: A run is for CUDA alone.
+    """
     if sweep.resources.gpus:
         return
     for run in sweep.runs:
         if run.recipe.train.device == "cuda":
             raise InputError(
-                f"sweep {sweep.file}, run {run.name}: train.device is cuda, but resources.gpus is 0; set it to 1, or to"
+                f"sweep {sweep.file}, run {run.name}: train.device is cuda, but {setting} is 0; set it to 1, or to"
                 " a share of a GPU"
             )
     if torch.cuda.is_available() and any(run.recipe.train.device == "auto" for run in sweep.runs):
-        note("resources.gpus is 0, so the runs see no GPU; set it to 1, or to a share of one")
+        note(f"{setting} is 0, so the runs see no GPU; set it to 1, or to a share of one")

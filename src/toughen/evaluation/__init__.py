@@ -7,7 +7,7 @@ from toughen.evaluation.masking import check_model
 from toughen.evaluation.outcomes import EvalResult, Flag, Stage
 from toughen.evaluation.sanity import check_results, check_transfer
 from toughen.evaluation.suites import EvalAttack, Search, attack_names, parse_attack
-from toughen.evaluation.transfer import TransferMatrix, transfer
+from toughen.evaluation.transfer import TransferMatrix, transfer, transfer_from
 
 __all__ = [
     "Attacked",
@@ -28,4 +28,5 @@ __all__ = [
     "keep_examples",
     "parse_attack",
     "transfer",
+    "transfer_from",
 ]

@@ -90,45 +90,25 @@ def transfer(
     Raises:
         InputError: No models, an attack that changes nothing, or as ``evaluate``.
     """
-    check_attack(attack)
-    if not models or not attack.stages:
-        raise InputError("a transfer needs at least one model, and an attack other than clean")
+    _check(models, attack)
     again = list(batches) if isinstance(batches, Iterator) else batches
-    clean: dict[str, Tensor] = {}
-    rows: list[list[Tensor]] = []
     with ExitStack() as stack:
-        for name, model in models.items():
+        for model in models.values():
             stack.enter_context(as_evaluated(model))
-            found = evaluate(model, again, [EvalAttack("clean")], batch_size=batch_size, sanity=False)["clean"]
-            clean[name] = torch.tensor(found.correct)
-        for name, attacker in models.items():
-            row = [clean[victim].clone() for victim in models]
-
-            def show(attacked: Attacked, row: list[Tensor] = row, attacker: nn.Module = attacker) -> None:
-                counts = attacked.broke if isinstance(attack.attack, tuple) else attacked.inside
-                if not bool(counts.any()):
-                    return
-                where = attacked.where[counts.cpu()]
-                for column, victim in zip(row, models.values(), strict=True):
-                    if victim is attacker:  # what evaluate found: in a smaller batch a borderline image may turn
-                        right = ~attacked.broke[counts]
-                    else:
-                        right, _, _ = shown(victim, attacked.x_adv[counts], attacked.y[counts])
-                    column[where] &= right.cpu()
-
-            evaluate(
+        clean = _clean(models, again, batch_size)
+        rows = [
+            _row(
                 attacker,
+                models,
+                clean,
                 again,
-                [attack],
+                attack,
                 seed=seed,
                 batch_size=batch_size,
-                attack_all=not isinstance(attack.attack, tuple),
-                sanity=False,
-                on_attacked=show,
                 progress=None if progress is None else _titled(progress, name),
             )
-            everyones = processes.gathered(row)
-            rows.append([torch.stack(column).all(dim=0) for column in zip(*everyones, strict=True)])
+            for name, attacker in models.items()
+        ]
     correct = tuple(tuple(tuple(column.tolist()) for column in row) for row in rows)
     accuracy = [[sum(column) / len(column) for column in row] for row in correct]
     return TransferMatrix(
@@ -140,6 +120,99 @@ def transfer(
         correct=correct,
         flags=check_transfer(tuple(models), accuracy, len(correct[0][0])),
     )
+
+
+def transfer_from(
+    attacker: nn.Module,
+    victims: Mapping[str, nn.Module],
+    batches: Batches,
+    attack: EvalAttack,
+    *,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, tuple[bool, ...]]:
+    """Attack one model and show the perturbed images to others: a row of the matrix of ``transfer``.
+
+    Args:
+        attacker: What the images are made on.
+        victims: At least one, by name; on the same device as the attacker, left as found.
+        batches: As for ``evaluate``.
+        attack: See ``parse_attack``.
+        seed: Of all randomness.
+        batch_size: Samples attacked at once; None takes the size of the first batch.
+        progress: As for ``evaluate``.
+
+    Returns:
+        By victim, for each sample whether the victim is right on the clean image and on the perturbed one.
+
+    Raises:
+        InputError: As ``transfer``.
+    """
+    _check(victims, attack)
+    again = list(batches) if isinstance(batches, Iterator) else batches
+    with ExitStack() as stack:
+        for model in (attacker, *victims.values()):
+            stack.enter_context(as_evaluated(model))
+        clean = _clean(victims, again, batch_size)
+        row = _row(attacker, victims, clean, again, attack, seed=seed, batch_size=batch_size, progress=progress)
+    return {name: tuple(column.tolist()) for name, column in zip(victims, row, strict=True)}
+
+
+def _check(models: Mapping[str, nn.Module], attack: EvalAttack) -> None:
+    check_attack(attack)
+    if not models or not attack.stages:
+        raise InputError("a transfer needs at least one model, and an attack other than clean")
+
+
+def _clean(models: Mapping[str, nn.Module], batches: Batches, batch_size: int | None) -> dict[str, Tensor]:
+    """Whether each model is right on each clean image, by name."""
+    found = {
+        name: evaluate(model, batches, [EvalAttack("clean")], batch_size=batch_size, sanity=False)["clean"]
+        for name, model in models.items()
+    }
+    return {name: torch.tensor(result.correct) for name, result in found.items()}
+
+
+def _row(
+    attacker: nn.Module,
+    victims: Mapping[str, nn.Module],
+    clean: Mapping[str, Tensor],
+    batches: Batches,
+    attack: EvalAttack,
+    *,
+    seed: int,
+    batch_size: int | None,
+    progress: Progress | None,
+) -> list[Tensor]:
+    """Whether each victim is right on each image before and after it was perturbed against the attacker."""
+    row = [clean[name].clone() for name in victims]
+
+    def show(attacked: Attacked) -> None:
+        counts = attacked.broke if isinstance(attack.attack, tuple) else attacked.inside
+        if not bool(counts.any()):
+            return
+        where = attacked.where[counts.cpu()]
+        for column, victim in zip(row, victims.values(), strict=True):
+            if victim is attacker:  # what evaluate found: in a smaller batch a borderline image may turn
+                right = ~attacked.broke[counts]
+            else:
+                right, _, _ = shown(victim, attacked.x_adv[counts], attacked.y[counts])
+            column[where] &= right.cpu()
+
+    evaluate(
+        attacker,
+        batches,
+        [attack],
+        seed=seed,
+        batch_size=batch_size,
+        attack_all=not isinstance(attack.attack, tuple),
+        sanity=False,
+        on_attacked=show,
+        progress=progress,
+    )
+    everyones = processes.gathered(row)
+    return [torch.stack(column).all(dim=0) for column in zip(*everyones, strict=True)]
 
 
 def _titled(progress: Progress, name: str) -> Progress:

@@ -3,13 +3,14 @@
 from toughen.paper.figures import FIGURES
 from toughen.paper.fill import Filled, draw_figure, fill
 from toughen.paper.measure import Bench
-from toughen.paper.networks import Network, networks
+from toughen.paper.networks import PUBLISHED, Network, networks
 from toughen.paper.plan import Piece, Plan, make_plan, pieces, sweep_document
 from toughen.paper.scales import SCALES, Scale
 from toughen.paper.values import PaperRow, paper_rows
 
 __all__ = [
     "FIGURES",
+    "PUBLISHED",
     "SCALES",
     "Bench",
     "Filled",

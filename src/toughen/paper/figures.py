@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from toughen.paper.networks import LAYERS, Network, with_layers
 
@@ -98,15 +98,33 @@ FIGURES: Mapping[int, Figure] = {
     7: Figure("number of critical layers, clean accuracy", "layers", ("clean",), _over_layers()),
 }
 
-Points = Sequence[tuple[float, float]]
+
+class Point(NamedTuple):
+    """A point of a curve.
+
+    Attributes:
+        x: Epoch, number of layers, or eps.
+        mean: Accuracy over the seeds, in percent.
+        low: Of the seed that has the smallest.
+        high: Of the seed that has the largest.
+        n: Images behind each accuracy.
+        seeds: Which.
+    """
+
+    x: float
+    mean: float
+    low: float
+    high: float
+    n: int
+    seeds: list[int]
 
 
-def draw(figure: Figure, points: Mapping[str, Mapping[str, Points]], file: Path) -> None:
-    """Draw a figure.
+def draw(figure: Figure, points: Mapping[str, Mapping[str, Sequence[Point]]], file: Path) -> None:
+    """Draw a figure: the mean over the seeds, and a band from the smallest to the largest.
 
     Args:
         figure: Which.
-        points: By metric and label of the curve, the points of the curve; accuracies in percent.
+        points: By metric and label of the curve.
         file: A ``.png``, ``.pdf`` or ``.svg``.
     """
     from matplotlib.figure import Figure as Canvas
@@ -116,12 +134,18 @@ def draw(figure: Figure, points: Mapping[str, Mapping[str, Points]], file: Path)
     axis = {"epochs": "epoch", "layers": "critical layers (0: PGD-AT goes on)", "strength": "eps"}[figure.kind]
     for panel, metric in zip(axes, figure.metrics, strict=True):
         for label, found in points[metric].items():
-            xs, ys = [x for x, _ in found], [y for _, y in found]
-            panel.plot(xs, ys, label=label, marker="" if figure.kind == "epochs" else "o", linewidth=1.5)
+            xs = [point.x for point in found]
+            marker = "" if figure.kind == "epochs" else "o"
+            [line] = panel.plot(xs, [point.mean for point in found], label=label, marker=marker, linewidth=1.5)
+            low, high = [point.low for point in found], [point.high for point in found]
+            panel.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
         panel.set(xlabel=axis, ylabel=f"{'clean' if metric == 'clean' else 'PGD-10'} accuracy (%)")
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     if any(points[figure.metrics[0]]):
         axes[0].legend(frameon=False, fontsize="small")
-    canvas.suptitle(figure.title)
+    seeds = {seed for curves in points.values() for found in curves.values() for point in found for seed in point.seeds}
+    images = {point.n for curves in points.values() for found in curves.values() for point in found}
+    behind = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, n = {' or '.join(map(str, sorted(images)))}"
+    canvas.suptitle(f"{figure.title} ({behind})" if seeds else figure.title)
     canvas.savefig(file, dpi=150)

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from toughen.errors import InputError
-from toughen.paper.figures import FIGURES, STRENGTHS, Curve, Figure, Points, draw
+from toughen.paper.figures import FIGURES, STRENGTHS, Curve, Figure, Point, draw
 from toughen.paper.measure import Bench, Measured
+from toughen.paper.networks import remarks as remarks_of
 from toughen.paper.scales import PAPER_EPOCHS
 from toughen.paper.values import PaperRow, Value, paper_rows, table_title
 from toughen.run_folder import write_text
 
+Values = Sequence[tuple[float, float, int]]
 _HEADINGS = {
     "clean": "clean",
     "pgd10": "PGD-10",
@@ -33,37 +35,45 @@ _HEADINGS = {
 }
 
 
+_DOUBT = "? doubtful in the paper"
+_ANOTHER = "* not what the table's title says"
+
+
 @dataclass(frozen=True)
 class Filled:
     """A row of the paper with what was measured for it.
 
     Attributes:
         row: The paper's.
-        ours: By metric, what was measured for each seed.
-        missing: Why there is none, where there is none.
+        ours: By metric and seed, what was measured.
+        missing: Why there is none of a seed, where there is none.
     """
 
     row: PaperRow
-    ours: Mapping[str, Sequence[Measured]]
+    ours: Mapping[str, Mapping[int, Measured]]
     missing: str = ""
 
+    def each(self, metric: str) -> list[Measured]:
+        """What was measured of a metric, seed by seed."""
+        return list(self.ours.get(metric, {}).values())
 
-def fill(table: int, bench: Bench, *, seeds: Iterable[int]) -> list[Filled]:
+
+def fill(table: int, bench: Bench, *, seeds: Sequence[int]) -> list[Filled]:
     """Measure every row of a table that can be measured."""
-    return [_filled(row, bench, list(seeds)) for row in paper_rows(table)]
+    return [_filled(row, bench, seeds) for row in paper_rows(table)]
 
 
 def _filled(row: PaperRow, bench: Bench, seeds: Sequence[int]) -> Filled:
-    found: dict[str, list[Measured]] = {metric: [] for metric in row.values}
+    found: dict[str, dict[int, Measured]] = {metric: {} for metric in row.values}
     missing = ""
-    for seed in seeds:
+    for seed in bench.seeds_of(row, seeds):
         try:
             values = bench.values(row, seed)
         except InputError as error:
             missing = missing or str(error)
             continue
         for metric, value in values.items():
-            found[metric].append(value)
+            found[metric][seed] = value
     return Filled(row, found, missing)
 
 
@@ -119,35 +129,43 @@ def _remarks(rows: Sequence[Filled], bench: Bench) -> list[str]:
         else "ours: nothing measured yet",
         *_numbers_of_images(rows),
         *bench.scale.differs,
+        *dict.fromkeys(remark for filled in rows for remark in remarks_of(filled.row, bench.scale)),
     ]
+    names = dict.fromkeys(bench.scale.data_of(filled.row.dataset)["name"] for filled in rows)
+    if copies := [name for name in names if name in bench.paths]:
+        remarks.append(f"{', '.join(copies)} from a local copy, which may differ from the published images")
     if bench.clat:
         remarks.append("CLAT with " + ", ".join(f"{key}={value}" for key, value in bench.clat.items()))
-    notes: dict[str, list[str]] = {}
-    for filled in rows:
-        if filled.row.doubtful:
-            notes.setdefault(filled.row.note, []).append(f"{filled.row.model} {filled.row.method}")
-    if notes:
-        whose = "; ".join(f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in notes.items())
-        remarks.append(f"? doubtful in the paper: {whose}")
+    doubts = [(filled.row, filled.row.note) for filled in rows if filled.row.doubtful]
+    others = [(filled.row, why) for filled in rows for why in filled.row.another.values()]
+    remarks += [f"{said}: {_grouped(found)}" for said, found in ((_DOUBT, doubts), (_ANOTHER, others)) if found]
     if gaps := dict.fromkeys(filled.missing for filled in rows if filled.missing):
         remarks.append(f"not measured: {'; '.join(gaps)}")
     return remarks
 
 
+def _grouped(notes: Sequence[tuple[PaperRow, str]]) -> str:
+    """Each note once, with the rows that it is about."""
+    found: dict[str, list[str]] = {}
+    for row, note in notes:
+        found.setdefault(note, []).append(f"{row.dataset} {row.model} {row.label}")
+    return "; ".join(f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items())
+
+
 def _numbers_of_images(rows: Sequence[Filled]) -> list[str]:
     counts: dict[int, list[str]] = {}
     for filled in rows:
-        for metric, found in filled.ours.items():
-            counts.setdefault(max((one.n for one in found), default=0), []).append(_HEADINGS[metric])
+        for metric in filled.ours:
+            counts.setdefault(max((one.n for one in filled.each(metric)), default=0), []).append(_HEADINGS[metric])
     return [f"{', '.join(dict.fromkeys(names))} on {n} test images" for n, names in counts.items() if n]
 
 
 def _cells(filled: Filled, metric: str) -> tuple[str, str]:
     if metric not in filled.row.values:
         return "", ""
-    doubt = "?" if metric in filled.row.doubtful else ""
+    marks = ("?" if metric in filled.row.doubtful else "") + ("*" if metric in filled.row.another else "")
     printed = filled.row.values[metric]
-    return (f"{_text(printed)}{doubt}" if printed is not None else "?"), _ours(filled.ours[metric])
+    return (f"{_text(printed)}{marks}" if printed is not None else "?"), _ours(filled.each(metric))
 
 
 def _ours(found: Sequence[Measured]) -> str:
@@ -165,8 +183,8 @@ def _text(value: Value) -> str:
     return str(value) if isinstance(value, list) else f"{value:.2f}"
 
 
-def write_table(table: int, rows: Sequence[Filled], bench: Bench) -> Path:
-    """Write a table as ``tables/table-N.md``, and with a value per seed as ``tables/table-N.json``."""
+def write_table(table: int, rows: Sequence[Filled], bench: Bench, *, seeds: Sequence[int]) -> Path:
+    """Write a table as ``tables/table-N.md``, and with a value for each seed as ``tables/table-N.json``."""
     folder = bench.out / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     content = [
@@ -176,13 +194,20 @@ def write_table(table: int, rows: Sequence[Filled], bench: Bench) -> Path:
             "method": filled.row.label,
             "paper": dict(filled.row.values),
             "doubtful": list(filled.row.doubtful),
-            "ours": {metric: [one.value for one in found] for metric, found in filled.ours.items()},
-            "n": {metric: found[0].n for metric, found in filled.ours.items() if found and found[0].n},
+            "another": dict(filled.row.another),
+            "ours": {m: {str(seed): one.value for seed, one in found.items()} for m, found in filled.ours.items()},
+            "n": {metric: found[0].n for metric in filled.ours if (found := filled.each(metric)) and found[0].n},
             "missing": filled.missing,
         }
         for filled in rows
     ]
-    document = {"table": table, "title": table_title(table), **bench.circumstances(), "rows": content}
+    document = {
+        "table": table,
+        "title": table_title(table),
+        **bench.circumstances(seeds),
+        "remarks": _remarks(rows, bench),
+        "rows": content,
+    }
     write_text(folder / f"table-{table}.json", json.dumps(document, indent=1) + "\n")
     write_text(folder / f"table-{table}.md", markdown(table, rows, bench))
     return folder / f"table-{table}.md"
@@ -191,45 +216,56 @@ def write_table(table: int, rows: Sequence[Filled], bench: Bench) -> Path:
 # -- figures ------------------------------------------------------------------------------------------
 
 
-def draw_figure(number: int, bench: Bench, *, seeds: Iterable[int]) -> tuple[Path, list[str]]:
+def draw_figure(number: int, bench: Bench, *, seeds: Sequence[int]) -> tuple[Path, list[str]]:
     """Draw a figure to ``figures/figure-N.png``, with its points in ``figures/figure-N.json``.
 
     Returns:
-        The picture, and why curves are missing.
+        The picture, and why curves, or some of their seeds, are missing.
     """
     figure, missing = FIGURES[number], []
-    points: dict[str, dict[str, list[tuple[float, float]]]] = {metric: {} for metric in figure.metrics}
+    points: dict[str, dict[str, list[Point]]] = {metric: {} for metric in figure.metrics}
     for curve in figure.curves:
         for metric in figure.metrics:
-            try:
-                found = _mean([_points(figure, curve, metric, bench, seed) for seed in seeds])
-            except InputError as error:
-                missing.append(f"{curve.label}: {error}")
-                continue
-            points[metric].setdefault(curve.label, []).extend(found)
+            found: dict[int, Values] = {}
+            for seed in seeds:
+                try:
+                    found[seed] = _values(figure, curve, metric, bench, seed)
+                except InputError as error:
+                    missing.append(f"{curve.label}: {error}")
+            if found:
+                points[metric].setdefault(curve.label, []).extend(_over_seeds(found))
     folder = bench.out / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"figure": number, "title": figure.title, **bench.circumstances(), "points": points}
+    content = {
+        metric: {label: [point._asdict() for point in found] for label, found in curves.items()}
+        for metric, curves in points.items()
+    }
+    document = {"figure": number, "title": figure.title, **bench.circumstances(seeds), "points": content}
     write_text(folder / f"figure-{number}.json", json.dumps(document, indent=1) + "\n")
     draw(figure, points, folder / f"figure-{number}.png")
     return folder / f"figure-{number}.png", list(dict.fromkeys(missing))
 
 
-def _points(figure: Figure, curve: Curve, metric: str, bench: Bench, seed: int) -> Points:
+def _values(figure: Figure, curve: Curve, metric: str, bench: Bench, seed: int) -> Values:
+    """The points of one seed: x, the accuracy in percent, and of how many images it is."""
     if figure.kind == "epochs":
         run = bench.run(curve.network, seed)
         # a branch begins where its run stopped
         logs = [*(bench.trunk(curve.network, seed).log() if run.parent_run else ()), *run.log()]
         key, factor = ("clean" if metric == "clean" else "robust"), PAPER_EPOCHS / bench.scale.num_epochs
-        return [(factor * row["epoch"], 100 * row["validation"][key]) for row in logs if "validation" in row]
+        seen = [(row["epoch"], row["validation"]) for row in logs if "validation" in row]
+        return [(factor * epoch, 100 * found[key], found["n"]) for epoch, found in seen]
     if figure.kind == "layers":
         name = "clean" if metric == "clean" else "pgd-10"
-        return [(curve.x, bench.accuracy((curve.network,), name, seed, samples=None)[0])]
+        return [(curve.x, *bench.accuracy((curve.network,), name, seed, samples=None))]
     eps, samples = float(bench.scale.threat["eps"]), bench.scale.samples
     names = {factor * eps: f"pgd-10:eps={factor * eps:g}" if factor else "clean" for factor in STRENGTHS}
-    return [(x, bench.accuracy((curve.network,), name, seed, samples=samples)[0]) for x, name in names.items()]
+    return [(x, *bench.accuracy((curve.network,), name, seed, samples=samples)) for x, name in names.items()]
 
 
-def _mean(curves: Sequence[Points]) -> Points:
-    """The mean over seeds, point by point."""
-    return [(found[0][0], statistics.fmean(y for _, y in found)) for found in zip(*curves, strict=True)]
+def _over_seeds(found: Mapping[int, Values]) -> list[Point]:
+    """Mean and range over the seeds, point by point."""
+    return [
+        Point(at[0][0], statistics.fmean(ys := [y for _, y, _ in at]), min(ys), max(ys), at[0][2], list(found))
+        for at in zip(*found.values(), strict=True)
+    ]

@@ -21,16 +21,14 @@ from toughen.engine import Recipe, checkpoint, create_model, pick_device
 from toughen.engine.progress import attack_progress
 from toughen.engine.provenance import provenance
 from toughen.errors import InputError
-from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack, transfer
+from toughen.evaluation import EvalAttack, Journal, evaluate, facts_of, parse_attack, transfer_from
 from toughen.evaluation.autoattack import Published, Square, paper
-from toughen.paper.networks import Network, attacking, networks
+from toughen.paper.networks import MIXED, Network, attacking, networks
 from toughen.paper.scales import PAPER_EPOCHS, Scale
 from toughen.paper.values import PaperRow, Value, paper_rows
 from toughen.run_folder import RunFolder
 
 AUTOATTACK = "autoattack"
-# the weight of the robust network in a mixture (Bai et al. 2024), with which docs/results.md measured it
-_ALPHA = 0.8
 _ATTACKS = {
     "FAB": "fab",
     "StAdv": "stadv",
@@ -68,6 +66,7 @@ class Bench:
         scale: How large.
         clat: Settings of CLAT that replace the literal ones.
         paths: Local copies of data sets, by name.
+        weights: Files of published weights, by their name at RobustBench.
         checkpoint: ``"last"`` or ``"best"`` (on validation images).
     """
 
@@ -75,9 +74,11 @@ class Bench:
     scale: Scale
     clat: Mapping[str, Any]
     paths: Mapping[str, str]
+    weights: Mapping[str, str] = field(default_factory=dict)
     checkpoint: str = "last"
     _splits: tuple[DataSettings, DataSplits] | None = field(default=None, init=False)
     _networks: tuple[Sequence[Network], int, Loaded] | None = field(default=None, init=False)
+    _transferred: dict[tuple[Any, ...], tuple[dict[str, float], int]] = field(default_factory=dict, init=False)
     _accuracies: dict[tuple[str, str, int, int | None], tuple[float, int]] = field(default_factory=dict, init=False)
 
     def values(self, row: PaperRow, seed: int) -> dict[str, Measured]:
@@ -88,9 +89,14 @@ class Bench:
         """
         return {metric: self._value(row, metric, seed) for metric in row.values}
 
-    def num_samples(self, metric: str) -> int | None:
+    def seeds_of(self, row: PaperRow, seeds: Sequence[int]) -> Sequence[int]:
+        """Return of which seeds a row has networks of its own: published weights are the same for all."""
+        return seeds[:1] if all(network.published(self.scale) for network in networks(row)) else seeds
+
+    def num_samples(self, row: PaperRow, metric: str) -> int | None:
         """Return on how many test images a metric is measured; None is all."""
-        return None if metric in ("clean", "pgd10") else self.scale.samples
+        on_all = _METRICS.get(metric) in ("clean", "pgd-10") or metric == "blackbox_pgd"
+        return None if on_all and not row.attack else self.scale.samples
 
     def run(self, network: Network, seed: int) -> RunFolder:
         """Open the run of a network.
@@ -106,7 +112,12 @@ class Bench:
         return RunFolder.open(folder.path)
 
     def trunk(self, network: Network, seed: int) -> RunFolder:
-        """Open the run that a network's branch began from."""
+        """Open the run that a network's branch began from.
+
+        Raises:
+            InputError: The network is not trained yet.
+        """
+        self.run(network, seed)
         return RunFolder.open(self.out / network.run_name(self.scale) / f"seed-{seed}")
 
     # -- accuracies -------------------------------------------------------------------------------
@@ -123,7 +134,7 @@ class Bench:
             kept = self.run(behind[0], seed).evals(self.checkpoint)  # where the end of the run has put its own
             facts = {"checkpoint": self.checkpoint, "epoch": self._epoch(behind[0], seed)}
         else:
-            facts = {"alpha": _ALPHA} if len(behind) > 1 else {}
+            facts = {"alpha": MIXED} if len(behind) > 1 else {}
         with attack_progress() as progress:
             found = evaluate(
                 loaded.model,
@@ -161,14 +172,14 @@ class Bench:
         if len(behind) > 1:
             shape = loaded.splits.train.shape
             accurate = self._one(behind[0], seed).model
-            loaded = replace(loaded, model=models.mix(accurate, loaded.model, alpha=_ALPHA, image_shape=shape))
+            loaded = replace(loaded, model=models.mix(accurate, loaded.model, alpha=MIXED, image_shape=shape))
         self._networks = behind, seed, loaded
         return loaded
 
     def _one(self, network: Network, seed: int) -> Loaded:
-        published = bool(network.published(self.scale))
+        published = network.published(self.scale)
         if published:
-            document = network.document(self.scale, clat=self.clat)
+            document = network.document(self.scale, clat=self.clat, weights=self.weights)
             if path := self.paths.get(document["data"]["name"]):
                 document["data"]["path"] = path
             recipe = resolve(document)
@@ -185,15 +196,17 @@ class Bench:
             self._splits = settings, datasets.load(settings)
         return self._splits[1]
 
-    def circumstances(self) -> dict[str, Any]:
+    def circumstances(self, seeds: Sequence[int]) -> dict[str, Any]:
         """Return under which circumstances this is measured, as plain values."""
+        here = provenance(seed=0, device=torch.device(self._device), precision="32-true")
         return {
             "scale": self.scale.name,
+            "seeds": list(seeds),
             "checkpoint": self.checkpoint,
             "clat": dict(self.clat),
             "local copies": sorted(self.paths),
             "differs": list(self.scale.differs),
-            "provenance": provenance(seed=0, device=torch.device(self._device), precision="32-true"),
+            "provenance": {key: value for key, value in here.items() if key != "seed"},
         }
 
     @cached_property
@@ -208,7 +221,7 @@ class Bench:
             return self._blackbox(row, metric, seed)
         if metric in _METRICS or metric == "adversarial_delta":
             name = _ATTACKS[row.attack] if row.attack else _METRICS[metric]
-            samples = self.scale.samples if row.attack else self.num_samples(metric)
+            samples = self.num_samples(row, metric)
             value, n = self.accuracy(behind, name, seed, samples=samples)
             if metric == "adversarial_delta":
                 before = replace(behind[0], going_on="base")
@@ -244,46 +257,84 @@ class Bench:
         splits = self._images(replace(recipe.data, extra=None))
         model = create_model(recipe.model, splits, start_weights=False)
         checkpoint.load(run.checkpoints / "last", model)
-        model.to(self._device)
-        images = datasets.probe(splits.train, count=count, seed=seed, position=0, device=self._device, batch_size=count)
-        started = time.perf_counter()
-        report = analyze(model, [(batch.x, batch.y) for batch in images], recipe.attack, seed=seed)
-        return report, time.perf_counter() - started
+        file = self._kept(network) / f"seed-{seed}" / f"selection-{count}.json"
+        facts = facts_of(model, splits.test)
+        if (kept := _read(file, facts)) is None:
+            model.to(self._device)
+            images = datasets.probe(
+                splits.train, count=count, seed=seed, position=0, device=self._device, batch_size=count
+            )
+            batches = [(batch.x, batch.y) for batch in images]
+            analyze(model, batches, recipe.attack, seed=seed)  # what only a first call has to do is not timed
+            started = time.perf_counter()
+            report = analyze(model, batches, recipe.attack, seed=seed)
+            kept = {"seconds": time.perf_counter() - started, "report": report.to_dict()}
+            _write(file, facts, kept)
+        return CriticalityReport.from_dict(kept["report"]), float(kept["seconds"])
 
     # -- black-box --------------------------------------------------------------------------------
 
     def _blackbox(self, row: PaperRow, metric: str, seed: int) -> Measured:
         [victim], attacker = networks(row), attacking(row)
+        self.run(victim, seed)
         name = "pgd-10" if metric == "blackbox_pgd" else AUTOATTACK
-        everybody = {network for other in paper_rows(row.table) for network in (*networks(other), attacking(other))}
-        alike = sorted((one for one in everybody if one.dataset == row.dataset), key=str)
-        found = self._matrix(alike, name, seed, samples=self.num_samples(metric))
-        names = [self._name(network) for network in alike]
-        value = found["accuracy"][names.index(self._name(attacker))][names.index(self._name(victim))]
-        return Measured(100 * float(value), int(found["n"]))
+        alike = [one for one in paper_rows(row.table) if (one.dataset, one.attacker) == (row.dataset, row.attacker)]
+        victims = dict.fromkeys(network for one in alike for network in networks(one) if self._trained(network, seed))
+        stands, n = self._shown(attacker, tuple(victims), name, seed, samples=self.num_samples(row, metric))
+        return Measured(100 * stands[self._name(victim)], n)
 
-    def _matrix(self, alike: Sequence[Network], name: str, seed: int, *, samples: int | None) -> dict[str, Any]:
-        """Show the images that fool each network to all, or read what that gave before."""
-        loaded = {self._name(network): self._loaded((network,), seed) for network in alike}
-        first = next(iter(loaded.values()))
-        images = first.splits.test.subset(slice(samples))
-        facts = {key: facts_of(one.model, images) for key, one in loaded.items()}
-        file = self.out / "measured" / f"{first.splits.name}-{name}-seed-{seed}-{self.checkpoint}.json"
-        if file.is_file() and (kept := unsealed(read_text(file), file)).get("facts") == facts:
-            return kept
-        with attack_progress() as progress:
-            matrix = transfer(
-                {key: one.model for key, one in loaded.items()},
-                datasets.in_order(images, batch_size=first.recipe.test_batch_size, device=self._device),
-                self._attack(name, first.recipe),
-                seed=seed,
-                batch_size=first.recipe.test_batch_size,
-                progress=progress,
-            )
-        found = {"facts": facts, **matrix.to_dict()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, sealed(found) + "\n")
-        return found
+    def _shown(
+        self, attacker: Network, victims: Sequence[Network], name: str, seed: int, *, samples: int | None
+    ) -> tuple[dict[str, float], int]:
+        """Show the images that fool one network to others; on which share of them each stands, and their number."""
+        key = attacker, tuple(victims), name, seed, samples
+        if (known := self._transferred.get(key)) is not None:
+            return known
+        made_on = self._one(attacker, seed)
+        shown_to = {self._name(network): self._one(network, seed).model for network in victims}
+        images = made_on.splits.test.subset(slice(samples))
+        facts = {
+            "made on": facts_of(made_on.model, images),
+            **{victim: facts_of(model, images) for victim, model in shown_to.items()},
+        }
+        file = self._kept(attacker) / f"seed-{seed}" / self.checkpoint / f"{name}-elsewhere.json"
+        if (kept := _read(file, facts)) is None:
+            with attack_progress() as progress:
+                found = transfer_from(
+                    made_on.model,
+                    shown_to,
+                    datasets.in_order(images, batch_size=made_on.recipe.test_batch_size, device=self._device),
+                    self._attack(name, made_on.recipe),
+                    seed=seed,
+                    batch_size=made_on.recipe.test_batch_size,
+                    progress=progress,
+                )
+            kept = {"n": len(images), "accuracy": {one: sum(right) / len(right) for one, right in found.items()}}
+            _write(file, facts, kept)
+        self._transferred[key] = kept["accuracy"], int(kept["n"])
+        return self._transferred[key]
+
+    def _trained(self, network: Network, seed: int) -> bool:
+        try:
+            self.run(network, seed)
+        except InputError:
+            return False
+        return True
+
+    def _kept(self, network: Network) -> Path:
+        return self.out / "measured" / self._name(network)
 
     def _name(self, network: Network) -> str:
-        return f"{network.run_name(self.scale)}-{network.going_on}"
+        name = network.run_name(self.scale)  # which says already how published weights go on
+        return name if network.from_published(self.scale) else f"{name}-{network.going_on}"
+
+
+def _read(file: Path, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was kept of the same networks and images, or None."""
+    kept = unsealed(read_text(file), file) if file.is_file() else {}
+    return kept if kept.get("facts") == facts else None
+
+
+def _write(file: Path, facts: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, sealed({"facts": dict(facts), **found}) + "\n")

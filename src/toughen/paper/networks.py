@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from toughen.errors import InputError
-from toughen.paper.scales import PAPER_EPOCHS, Scale
+from toughen.paper.scales import DATASETS, PAPER_EPOCHS, Scale
 from toughen.paper.values import PaperRow
 
 Method = dict[str, Any]
+
+LAYERS = (1, 2, 3, 5, 8)  # that CLAT trains in Figures 3 and 7
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class Base:
         train: What else it sets of the training.
         spec: Its network, where that is not the architecture's own.
         augment: What varies its training images, where that is not crop and flip.
-        published: The model of RobustBench whose weights take the place of its training, where they can be had.
+        published: The model of RobustBench whose weights take the place of its training, from a file that its user
+            has downloaded.
+        remark: In what it differs from the paper's, where it has no published weights.
     """
 
     methods: tuple[Method, ...] = ({"name": "pgd-at"},)
@@ -54,6 +58,7 @@ class Base:
     spec: str = ""
     augment: str = ""
     published: str = ""
+    remark: str = ""
 
 
 BASES: Mapping[str, Base] = {
@@ -62,8 +67,12 @@ BASES: Mapping[str, Base] = {
     "mart": Base(({"name": "mart", "beta": 5.0},)),
     "awp": Base(({"name": "pgd-at"}, {"name": "awp"})),
     "score": Base(({"name": "trades-lse"},)),
-    "autolora": Base(({"name": "autolora"},)),
-    "twins": Base(({"name": "pgd-at"}, {"name": "twins"})),
+    "autolora": Base(
+        ({"name": "autolora"},), remark="AutoLoRA starts from random weights, the paper's from ImageNet's"
+    ),
+    "twins": Base(
+        ({"name": "pgd-at"}, {"name": "twins"}), remark="TWINS starts from random weights, the paper's from ImageNet's"
+    ),
     "fast-at": Base(({"name": "fast-at"},), {"schedule": "cyclic", "peak": 0.4}),
     "clean": Base(({"name": "clean"},)),
     "idbh-weak": Base(augment="idbh_weak"),
@@ -116,6 +125,9 @@ _LABELS: Mapping[str, tuple[str, str]] = {
         for label, going_on in ((name, "base"), (f"{name}+CLAT", "clat"), (f"{name}+RiFT", "rift"))
     },
 }
+PUBLISHED = tuple(base.published for base in BASES.values() if base.published)
+_RIFT = 110  # epochs before the ten of RiFT (appendix D.9)
+MIXED = 0.8  # the weight of the robust network in a mixture, with which docs/results.md measured it
 _MIXTURES = {"Bai2024": "base", "Bai2024+CLAT": "clat"}
 
 
@@ -140,7 +152,7 @@ class Network:
     def run_name(self, scale: Scale) -> str:
         """The name of the run that it is of, the same for all that share a base."""
         parts = [scale.data_of(self.dataset)["name"], ARCHITECTURES[self.model].spec, self.base]
-        if self._from_published(scale):
+        if self.from_published(scale):
             parts.append(self.going_on)
         elif self.start != Network.start:
             parts.append(f"from-{self.start}")
@@ -150,17 +162,26 @@ class Network:
         """The branch of that run; None where the run is the network itself."""
         return None if self._alone(scale) else self.going_on
 
-    def published(self, scale: Scale) -> str:
-        """The model whose published weights are this network, where nothing is trained; else nothing."""
-        ready = self._from_published(scale) and self.going_on == "base"
-        return _published_spec(self.dataset, BASES[self.base].published) if ready else ""
+    def published(self, scale: Scale) -> bool:
+        """Whether published weights are this network, and nothing is trained."""
+        return self.from_published(scale) and self.going_on == "base"
 
-    def document(self, scale: Scale, *, clat: Mapping[str, Any]) -> dict[str, Any]:
+    def from_published(self, scale: Scale) -> bool:
+        """Whether it is published weights, or goes on from them."""
+        return bool(BASES[self.base].published) and scale.published
+
+    def document(
+        self, scale: Scale, *, clat: Mapping[str, Any], weights: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Return the recipe of its run, with this network as the only branch.
 
         Args:
             scale: How large.
             clat: Settings of CLAT that replace the literal ones.
+            weights: Files of published weights, by their name at RobustBench.
+
+        Raises:
+            InputError: It begins from published weights, which are not there.
         """
         base, architecture = BASES[self.base], ARCHITECTURES[self.model]
         goes_on = _continuations(base.methods, architecture.k, scale, clat)
@@ -173,13 +194,13 @@ class Network:
             "threat": dict(scale.threat),
             "attack": dict(scale.attack),
             "method": [*base.methods],
-            "train": {**scale.train, **base.train},
+            "train": {**scale.train, **base.train, "epochs": scale.epochs(max(PAPER_EPOCHS, self.start + 10))},
             "evaluate": {"attacks": ["clean", "pgd-10"]},
         }
-        if self._from_published(scale):
-            # half of the schedule is left: it begins at the rate that a cosine from 0.1 has by then
+        if self.from_published(scale):
+            sections["model"] = _published(self.dataset, base.published, weights or {})
+            # the rate that a cosine from 0.1 has half-way, falling along a cosine of its own
             epochs, lr = scale.epochs(PAPER_EPOCHS - Network.start), sections["train"]["lr"] / 2
-            sections["model"] = {"name": _published_spec(self.dataset, base.published), "pretrained": True}
             sections["train"] |= {"epochs": epochs, "lr": lr}
             return sections if self.going_on == "base" else {**sections, "method": goes_on[self.going_on]}
         if self._alone(scale):
@@ -189,20 +210,42 @@ class Network:
         return {**sections, "branch_epoch": scale.epochs(self.start), "branches": {self.going_on: branch}}
 
     def _alone(self, scale: Scale) -> bool:
-        return self.start == 0 or self._from_published(scale)
-
-    def _from_published(self, scale: Scale) -> bool:
-        return bool(BASES[self.base].published) and scale.published
+        return self.start == 0 or self.from_published(scale)
 
 
 def networks(row: PaperRow) -> tuple[Network, ...]:
     """Return the networks behind a row: one, or the accurate and the robust one of a mixture (Bai et al. 2024)."""
-    start = 70 if row.epoch else Network.start  # Table 13 begins its selections there
     if row.method in _MIXTURES:
         accurate = Network(row.dataset, row.model, "clean")
         return accurate, Network(row.dataset, row.model, going_on=_MIXTURES[row.method])
     base, going_on = _LABELS[row.method]
+    start = _RIFT if going_on == "rift" else Network.start
+    if row.epoch:  # Table 13 begins its selections there
+        start = 70
     return (Network(row.dataset, row.model, base, going_on, start),)
+
+
+def remarks(row: PaperRow, scale: Scale) -> list[str]:
+    """Say in what the networks behind a row differ from the paper's, beside what the scale says."""
+    found = []
+    if row.method in _MIXTURES:
+        share = f"{MIXED:g} of the robust one"
+        found.append(f"{row.method} mixes our own clean and robust networks, {share}; its authors' are others")
+    for network in networks(row):
+        base = BASES[network.base]
+        if base.remark:
+            found.append(base.remark)
+        if network.from_published(scale) and network.going_on == "base":
+            found.append(f"{row.method} is {base.published} of RobustBench")
+        elif network.from_published(scale):
+            left = scale.epochs(PAPER_EPOCHS - Network.start)
+            found.append(f"{row.method} goes on from {base.published} for {left} epochs, from half the rate to 0")
+        if network.going_on == "rift":
+            epochs = scale.epochs(_RIFT), scale.epochs(_RIFT + 10)
+            found.append(f"RiFT from epoch {epochs[0]} to {epochs[1]}, as its authors and appendix D.9 have it")
+    if scale.data is None and "image_size" in DATASETS[row.dataset]:
+        found.append(f"{row.dataset} at {DATASETS[row.dataset]['image_size']} pixels, which the paper does not say")
+    return found
 
 
 def attacking(row: PaperRow) -> Network:
@@ -225,10 +268,13 @@ def merged(documents: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return whole
 
 
-def _published_spec(dataset: str, name: str) -> str:
+def _published(dataset: str, name: str, weights: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a network with the weights that RobustBench offers."""
     if dataset != "CIFAR-10":
         raise InputError(f"{name} has no published weights for {dataset}")
-    return f"robustbench/cifar10/Linf/{name}"
+    if name not in weights:
+        raise InputError(f"RobustBench offers {name} for download by hand; give it with --weights {name}=FILE")
+    return {"name": f"robustbench/cifar10/Linf/{name}", "weights": weights[name]}
 
 
 def _continuations(
@@ -260,10 +306,7 @@ def _continuations(
         "clat-fast": with_clat(inner_max="fgsm-rs"),
         **{f"clat-k{number}": with_clat(k=number) for number in LAYERS},
         "lora": [*methods, {"name": "lora"}],
-        "rift": [*methods, {"name": "rift", "lr": "restart", "lr_scale": 0.1}],
+        "rift": [*methods, {"name": "rift", "lr": "restart", "lr_scale": 0.01}],  # from 0.001, as its authors do
         "swa": [*methods, swa],
         "clat-swa": [*with_clat(), swa],
     }
-
-
-LAYERS = (1, 2, 3, 5, 8)  # numbers of layers in Figures 3 and 7, up to a tenth of DenseNet-121's

@@ -30,6 +30,11 @@ class Piece:
     def __str__(self) -> str:
         return f"{self.kind}-{self.number}"
 
+    @property
+    def varies_layers(self) -> bool:
+        """Whether it is about the number of layers that CLAT trains."""
+        return self.kind == "figure" and FIGURES[self.number].kind == "layers"
+
     def needs(self) -> list[Network]:
         """Return the networks that it shows."""
         if self.kind == "figure":
@@ -82,6 +87,7 @@ def make_plan(
     seeds: int,
     clat: Mapping[str, Any],
     paths: Mapping[str, str],
+    weights: Mapping[str, str] | None = None,
     resources: Resources | None = None,
 ) -> Plan:
     """Find the runs behind tables and figures.
@@ -92,22 +98,25 @@ def make_plan(
         seeds: Runs of each network.
         clat: Settings of CLAT that replace the literal ones.
         paths: Local copies of data sets, by name.
+        weights: Files of published weights, by their name at RobustBench.
         resources: Of each run, where Ray or SLURM trains them.
 
     Raises:
-        InputError: A setting of ``clat`` is wrong.
+        InputError: A setting of ``clat`` is wrong, or is what a figure varies.
     """
+    if layers := [str(piece) for piece in wanted if "k" in clat and piece.varies_layers]:
+        raise InputError(f"{', '.join(layers)} vary the number of layers; leave k out of --clat, or these out")
     documents: dict[str, list[dict[str, Any]]] = {}
     needed: dict[str, list[Piece]] = {}
     impossible: dict[Network, str] = {}
     for piece in wanted:
         for network in piece.needs():
             try:
-                if network.published(scale):
-                    continue
-                document = network.document(scale, clat=clat)
+                document = network.document(scale, clat=clat, weights=weights)
             except InputError as error:
                 impossible[network] = str(error)
+                continue
+            if network.published(scale):  # nothing to train
                 continue
             name = network.run_name(scale)
             if path := paths.get(document["data"]["name"]):

@@ -74,6 +74,8 @@ class Scale:
         return {"name": spec, **({"width": self.widths[spec]} if spec in self.widths else {})}
 
 
+_LOWEST = "the mean of the runs, where the paper prints the lowest of at least 10"
+_HELD_OUT = "1,000 training images are held out for validation, of which the paper says nothing"
 _NARROW = ("densenet121", "wrn70_16", "wrn70_16_silu", "rawrn70_16", "resnet50", "wrn34_10")
 SCALES = {
     scale.name: scale
@@ -84,7 +86,7 @@ SCALES = {
             seeds=10,
             samples=None,
             published=True,
-            differs=("mean over the seeds, where the paper prints the lowest of its runs",),
+            differs=(_LOWEST, _HELD_OUT),
         ),
         Scale(
             name="short",
@@ -94,7 +96,8 @@ SCALES = {
             published=True,
             differs=(
                 "30 epochs in place of 100, of which every 3 stand for 10",
-                "3 seeds and their mean, where the paper prints the lowest of at least 10 runs",
+                _LOWEST,
+                _HELD_OUT,
                 "AutoAttack and the attacks of Table 17 on the first 1,000 test images",
             ),
         ),

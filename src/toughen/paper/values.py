@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -24,6 +24,7 @@ class PaperRow:
         values: By metric: percent, seconds, or numbers of layers; None could not be read.
         doubtful: Metrics of which digits or label could not be read for certain.
         note: What is doubtful about them.
+        another: Metrics whose figure is legible, but of another measurement than the table's; which, for each.
         attack: Which one, where a table has several (Table 17).
         attacker: The network that the images were made on (Tables 3, 4).
         epoch: When the layers were chosen, of 100 (Table 13).
@@ -37,6 +38,7 @@ class PaperRow:
     values: Mapping[str, Value]
     doubtful: tuple[str, ...] = ()
     note: str = ""
+    another: Mapping[str, str] = field(default_factory=dict)
     attack: str = ""
     attacker: str = ""
     epoch: int = 0
@@ -75,9 +77,7 @@ def paper_rows(table: int) -> tuple[PaperRow, ...]:
     if str(table) not in _tables():
         raise InputError(f"the paper has no Table {table}; it has tables 1 to {len(_tables())}")
     rows = _tables()[str(table)]["rows"]
-    return tuple(
-        PaperRow(table, **{**row, "values": row["values"], "doubtful": tuple(row.get("doubtful", ()))}) for row in rows
-    )
+    return tuple(PaperRow(table, **{**row, "doubtful": tuple(row.get("doubtful", ()))}) for row in rows)
 
 
 def num_tables() -> int:

@@ -11,17 +11,17 @@ from toughen.engine import Trainer
 from toughen.errors import InputError
 from toughen.processes import sigterm_interrupts
 from toughen.run_folder import RunFolder
-from toughen.sweep.grid import Sweep
+from toughen.sweep.grid import Run, Sweep
 from toughen.sweep.store import Progress, SweepFolder
 
 
-def train_serially(sweep: Sweep, folder: SweepFolder, *, say: Callable[[str], None]) -> list[Progress]:
+def train_serially(sweep: Sweep, folder: SweepFolder, *, say: Callable[[Run, str], None]) -> list[Progress]:
     """Train what is not finished yet, and keep ``sweep.json`` up to date.
 
     Args:
         sweep: What to train.
         folder: Where.
-        say: Told, before each run, what it is and about how long it takes.
+        say: Told of a run, before it begins, about how long it takes; and why it can't be trained.
 
     Returns:
         The runs; one that was refused is ``"failed"``, with a message, and the others go on.
@@ -34,14 +34,14 @@ def train_serially(sweep: Sweep, folder: SweepFolder, *, say: Callable[[str], No
         runs = folder.lay_out(sweep)
         left = [one for one in runs if one.state == "waiting"]
         for number, one in enumerate(left, start=1):
-            say(f"next, {number} of {len(left)}: {one.run.name}, {_left_to_do(one, runs)}")
+            say(one.run, f"next, {number} of {len(left)}: {one.run.name}, {_left_to_do(one, runs)}")
             try:
                 begun = one.folder.config_file.is_file()
                 Trainer(one.run.recipe, out=one.folder.path, resume=begun).fit()
                 one.state = "finished"
             except InputError as error:
                 one.state, one.message = "failed", str(error)
-                say(f"{one.run.name} can't be trained: {error}")
+                say(one.run, f"{one.run.name} can't be trained: {error}")
             folder.write(sweep, runs)
     return runs
 
