@@ -1,5 +1,6 @@
 """A paper of a few rows about the two smallest networks, and a scale at which they train in a second."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,11 +45,13 @@ def scale() -> Scale:
     return replace(small, samples=8, data=data, widths={"resnet18": 2, "preact_resnet18": 2}, steps=3, queries=5)
 
 
-def put_in_place(patch: pytest.MonkeyPatch) -> None:
+def put_in_place(
+    patch: pytest.MonkeyPatch, rows: Mapping[str, list[dict[str, Any]]] = ROWS, at: Scale | None = None
+) -> None:
     """Let the package reproduce this paper at this scale."""
     tables = {
-        number: {"title": f"about {number}", "rows": [{"dataset": "CIFAR-10", "model": "RN18", **row} for row in rows]}
-        for number, rows in ROWS.items()
+        number: {"title": f"about {number}", "rows": [{"dataset": "CIFAR-10", "model": "RN18", **row} for row in found]}
+        for number, found in rows.items()
     }
     patch.setattr(values, "_tables", lambda: tables)
-    patch.setitem(SCALES, "digits", scale())
+    patch.setitem(SCALES, (at or scale()).name, at or scale())

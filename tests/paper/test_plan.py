@@ -136,6 +136,7 @@ def test_published_weights_go_on_at_the_rate_that_a_schedule_has_half_way() -> N
     assert math.isclose(recipe.train.lr, 0.05)
     whole = resolve(Network("CIFAR-10", "RN50").document(SCALES["full"], clat={})).train
     assert math.isclose(recipe.train.lr_at(0), whole.lr_at(0.5))
+    assert recipe.train.lr_at(0.5) > whole.lr_at(0.75)
 
 
 def test_without_their_file_published_weights_can_not_be_had_and_it_is_said_how() -> None:
@@ -149,13 +150,19 @@ def test_without_their_file_published_weights_can_not_be_had_and_it_is_said_how(
     assert "cifar10-resnet50-engstrom2019-base" not in found.needed_by
 
 
-def test_rift_takes_the_last_ten_epochs_after_the_110_of_appendix_d9() -> None:
-    [network] = networks(PaperRow(1, "CIFAR-10", "RN18", "PGD-AT+RiFT", {}))
-    recipe = resolve(network.document(SCALES["full"], clat={}))
-    assert (recipe.branch_epoch, recipe.train.epochs) == (110, 120)
-    rift = recipe.branches["rift"]
-    assert rift.train.epochs == 120
-    assert math.isclose(rift.train.lr * rift.method.methods[-1].lr_scale, 0.001)
+@pytest.mark.parametrize(("scale", "start", "epochs"), [("full", 110, 120), ("short", 33, 36), ("digits", 11, 12)])
+def test_rift_tunes_for_10_epochs_after_the_110_of_appendix_d_9(scale: str, start: int, epochs: int) -> None:
+    rows = [row for row in paper_rows(1) if "RiFT" in row.method]
+    assert len(rows) == 12
+    runs = {run.name: run.recipe for run in plan("1", scale=scale).sweep.runs}
+    for row in rows:
+        [network] = networks(row)
+        recipe = runs[f"{network.run_name(SCALES[scale])}/seed-0"]
+        assert (recipe.branch_epoch, recipe.train.epochs, list(recipe.branches)) == (start, epochs, ["rift"])
+        rift = recipe.branches["rift"]
+        tuned = rift.method.methods[-1]
+        # its authors' rate, a hundredth of the one before
+        assert (rift.train.epochs, tuned.lr, tuned.lr_scale) == (epochs, "restart", 0.01)
 
 
 def test_a_figure_over_numbers_of_layers_refuses_another_number_for_all() -> None:

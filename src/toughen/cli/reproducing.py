@@ -31,6 +31,8 @@ def run_reproduce(options: argparse.Namespace) -> None:
     check_output(options.sweep, ".yaml", ".yml")
     clat = dict(parse_override(setting) for setting in options.clat)
     paths = dict(_local_copy(spec) for spec in options.data)
+    if options.weights and not scale.published:
+        raise InputError(f"--weights has no place at --scale {scale.name}, which trains all networks itself")
     weights = dict(_weights(text) for text in options.weights)
     resources = Resources(cpus=options.cpus or 1, gpus=options.gpus or 0)
     plan = make_plan(wanted, scale, seeds=seeds, clat=clat, paths=paths, weights=weights, resources=resources)

@@ -1,5 +1,6 @@
 """The figures of a trained network that the paper's tables hold, measured once and kept beside the runs."""
 
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -293,7 +294,9 @@ class Bench:
         made_on = self._one(attacker, seed)
         shown_to = {self._name(network): self._one(network, seed).model for network in victims}
         images = made_on.splits.test.subset(slice(samples))
+        attack = self._attack(name, made_on.recipe)
         facts = {
+            "attack": json.loads(json.dumps(attack.settings(), default=dict)),  # as the file gives it back
             "made on": facts_of(made_on.model, images),
             **{victim: facts_of(model, images) for victim, model in shown_to.items()},
         }
@@ -304,7 +307,7 @@ class Bench:
                     made_on.model,
                     shown_to,
                     datasets.in_order(images, batch_size=made_on.recipe.test_batch_size, device=self._device),
-                    self._attack(name, made_on.recipe),
+                    attack,
                     seed=seed,
                     batch_size=made_on.recipe.test_batch_size,
                     progress=progress,
