@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from as_found import left_as_found
 from toughen import ThreatModel
 from toughen.errors import InputError
-from toughen.evaluation import EvalAttack, evaluate, parse_attack, transfer
+from toughen.evaluation import EvalAttack, evaluate, parse_attack, transfer, transfer_from
 from zoo import build, images
 
 THREAT = ThreatModel(eps=0.1)
@@ -49,6 +49,14 @@ def test_images_made_on_one_half_do_nothing_to_the_other_and_half_to_the_whole()
     assert matrix.correct[0][:2] == (fallen, untouched)
     assert matrix.correct[1][:2] == (untouched, fallen)
     assert matrix.correct[2] == (fallen, fallen, fallen)
+
+
+def test_what_is_made_on_one_model_is_its_row_of_the_matrix():
+    matrix = transfer({"left": LEFT, "right": RIGHT, "whole": WHOLE}, greys(), FGSM)
+    row = transfer_from(WHOLE, {"left": LEFT, "whole": WHOLE}, greys(), FGSM)
+    assert row == {"left": matrix.correct[2][0], "whole": matrix.correct[2][2]}
+    with pytest.raises(InputError, match="at least one model, and an attack other than clean"):
+        transfer_from(WHOLE, {}, greys(), FGSM)
 
 
 def test_the_diagonal_is_the_white_box_result():

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from threading import Timer
@@ -13,7 +14,7 @@ from small_paper import put_in_place, scale
 from small_runs import fingerprints, log
 from toughen.cli import main
 from toughen.errors import InputError
-from toughen.paper import Bench, Network, draw_figure, figures, fill
+from toughen.paper import Bench, Network, draw_figure, figures, fill, values
 from toughen.paper.figures import Curve, Figure
 from toughen.run_folder import RunFolder
 
@@ -281,6 +282,36 @@ def test_what_is_not_trained_is_missing_in_a_figure(done: Path, monkeypatch: pyt
     monkeypatch.setitem(figures.FIGURES, 7, figure)  # type: ignore[index]
     _, [missing] = draw_figure(7, Bench(done, scale(), {}, {}), seeds=[0])
     assert re.match(r"DN121: .*digits-densenet121-pgd-at/seed-0/branches/base is not trained", missing)
+
+
+def copied(done: Path, tmp_path: Path) -> Path:
+    shutil.copytree(done, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_victim_that_is_not_trained_takes_only_its_own_cells_away(done: Path, tmp_path: Path) -> None:
+    out = copied(done, tmp_path)
+    bench = Bench(out, scale(), {}, {})
+    row = {"method": "PGD-AT", "model": "RN18", "attacker": "RN18", "values": {"blackbox_pgd": 70.12}}
+    tables = values._tables()
+    tables["3"]["rows"].append({"dataset": "CIFAR-10", **row})
+    (out / "digits-preact_resnet18-pgd-at/seed-0/branches/clat/finished.json").unlink()
+    away, there = fill(3, bench, seeds=[0])
+    assert [len(found) for found in away.ours.values()] == [0, 0]
+    assert away.missing.endswith("digits-preact_resnet18-pgd-at/seed-0/branches/clat is not trained")
+    white = RunFolder.open(out / "digits-resnet18-pgd-at/seed-0").branch("base").evaluations("last")["pgd-10"]
+    assert there.ours["blackbox_pgd"][0].value == 100 * white["accuracy"]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_selection_is_measured_once_and_of_a_finished_run_alone(done: Path, tmp_path: Path) -> None:
+    out = copied(done, tmp_path)
+    before = fill(4, Bench(out, scale(), {}, {}), seeds=[0])[0].ours
+    assert before == fill(4, Bench(out, scale(), {}, {}), seeds=[0])[0].ours  # its seconds too
+    (out / "digits-resnet18-pgd-at/seed-0/branches/base/finished.json").unlink()
+    [selection, *_] = fill(4, Bench(out, scale(), {}, {}), seeds=[0])
+    assert selection.missing.endswith("digits-resnet18-pgd-at/seed-0/branches/base is not trained")
 
 
 def test_a_run_that_is_not_there_is_told(tmp_path: Path) -> None:

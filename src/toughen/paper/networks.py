@@ -140,7 +140,7 @@ class Network:
         model: As the paper calls it.
         base: A key of ``BASES``.
         going_on: How it goes on from there: a key of ``_continuations``.
-        start: Of the paper's 100 epochs, those of the base.
+        start: Epochs of the base, at the paper's length; where ten more exceed its 100, the run is so much longer.
     """
 
     dataset: str
