@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from together import BRANCHED, CASES, OWN_NORM, PGD_AT, SHARDED, ended, main
+from together import BRANCHED, CASES, OWN_NORM, PGD_AT, SHARDED, Precise, ended, main, small_cnn
 from torch import Tensor
 
 from small_runs import clat, recipe, resume, train
@@ -67,8 +67,7 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def check_alike(one: Path, two: Path) -> None:
     [alone], (first, second) = ended(one).values(), ended(two).values()
     assert all(torch.equal(first[key], second[key]) for key in first), "the processes drifted apart"
-    exact = one.name in ("PGD-AT", "TRADES + CLAT", "PGD-AT + CLAT + AWP") or one.name.startswith("ViT")
-    assert largest_difference(alone, first) < (1e-6 if exact else 5e-6)
+    assert largest_difference(alone, first) < 1e-9
     assert told(one) == told(two)
     if "CLAT" in one.name:
         assert len({str(selected) for _, selected, _ in told(one)[1:]}) > 1, "nothing was selected anew"
@@ -122,7 +121,7 @@ def test_perturbations_that_one_process_stored_are_taken_up_by_two(
     torchrun("-m", "toughen", "train", "--resume", tmp_path / "two")
     resume(tmp_path / "run")
     one, two = (load_file(tmp_path / run / "checkpoints" / "last" / "weights.safetensors") for run in ("run", "two"))
-    assert largest_difference(one, two) < 1e-6
+    assert largest_difference(one, two) < 3e-4  # 7e-3 where nothing is carried over; float32, so a sign may turn
 
 
 @pytest.mark.parametrize("name", SHARDED)
@@ -180,9 +179,16 @@ def test_statistics_that_stand_still_are_not_touched_by_their_mean_over_the_proc
 
 def test_a_batch_in_parts_trains_as_one_in_one_piece(tmp_path: Path) -> None:
     method = [{"name": "trades"}, {"name": "clat", "k": 2, "every": 1}]  # batch norm moves nowhere
-    whole, parts = (train(tmp_path / str(n), method=method, train={"epochs": 3, "accumulate": n}) for n in (1, 4))
+    whole, parts = (
+        Trainer(
+            recipe(method=method, train={"epochs": 3, "accumulate": n}),
+            out=tmp_path / str(n),
+            model=Precise(small_cnn()),
+        ).fit()
+        for n in (1, 4)
+    )
     one, other = (load_file(run.checkpoints / "last" / "weights.safetensors") for run in (whole, parts))
-    assert largest_difference(one, other) < 1e-6
+    assert largest_difference(one, other) < 1e-9
     assert told(whole.path) == told(parts.path)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from small_runs import recipe
-from toughen import Trainer, processes
+from toughen import Trainer, models, processes
 from toughen.engine import trainer as training
 from toughen.engine.update import Updater
 from toughen.types import Batch
@@ -86,6 +86,26 @@ def net_with_own_norm() -> nn.Module:
     return nn.Sequential(*features, nn.Flatten(), nn.Linear(4 * 16, 10))
 
 
+class Precise(nn.Module):
+    """A network that computes in float64.
+
+    TRADES' first gradient is a difference of nearly equal numbers: in float32 its signs are rounding's, which differs
+    between one process and two, and from machine to machine.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x.double())
+        return logits
+
+
+def small_cnn() -> nn.Module:
+    return models.create("small_cnn", in_channels=1, width=2, seed=0)
+
+
 def vit() -> nn.Module:
     torch.manual_seed(int(os.environ.get("RANK", "0")))  # each process draws another, and the first one's counts
     sizes = {"img_size": 8, "patch_size": 4, "depth": 3, "embed_dim": 24, "num_heads": 3}
@@ -113,10 +133,10 @@ def main(folder: Path, cases: dict[str, list[dict[str, Any]]], names: Sequence[s
     for name in names:
         run = folder / name
         resume = (run / "config.yaml").exists()
-        model = vit() if name.startswith("ViT") else net_with_own_norm() if name in OWN_NORM else None
+        build = vit if name.startswith("ViT") else net_with_own_norm if name in OWN_NORM else small_cnn
         sections = {"method": cases[name], **SECTIONS.get(name, {})}
-        wanted = recipe(**sections, train={"epochs": 5, **({"lr": 0.02} if model else {}), **settings})
-        trainer = Trainer(wanted, out=run, model=model, resume=resume, show_progress=False)
+        wanted = recipe(**sections, train={"epochs": 5, **({} if build is small_cnn else {"lr": 0.02}), **settings})
+        trainer = Trainer(wanted, out=run, model=Precise(build()), resume=resume, show_progress=False)
         with trained_weights_kept(trainer, run / f"rank{processes.rank()}.pt"):
             trainer.fit()
 
