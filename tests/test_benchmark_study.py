@@ -133,6 +133,7 @@ def test_a_mistake_is_one_line(study, monkeypatch, capsys):
     [
         "cifar10_tiny_study",
         "cifar10_resnet18_study",
+        "cifar10_tiny_bases",
         "cifar10_resnet18_bases",
         "cifar10_tiny_densenet121",
         "cifar10_densenet121_selection",
