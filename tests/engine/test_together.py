@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from together import BRANCHED, CASES, OWN_NORM, PGD_AT, SHARDED, Precise, ended, main, small_cnn
 from torch import Tensor
 
-from small_runs import clat, recipe, resume, train
+from small_runs import clat, recipe, resume
 from toughen import Trainer, processes
 from toughen.engine import Interrupted
 from toughen.engine.run_state import RunState
