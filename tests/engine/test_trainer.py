@@ -1,6 +1,10 @@
 import itertools
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import toughen
 from as_found import same
 from small_runs import PGD_AT, clat, fingerprints, log, outcome, recipe, resume, train
 from toughen import Trainer, data
@@ -272,6 +277,18 @@ def test_provenance_tells_versions_hardware_seed_and_no_path_of_this_machine(tmp
     assert facts.keys() >= {"command", "commit", "device", "precision", "python", "system", "threads", "started"}
     assert str(Path(__file__).parents[2]) not in text
     assert str(Path.home()) not in text
+
+
+def test_a_copy_of_the_package_that_is_not_the_installed_one_tells_no_commit(tmp_path):
+    source = Path(toughen.__file__).parent
+    shutil.copytree(source, tmp_path / "toughen", ignore=shutil.ignore_patterns("__pycache__"))
+    ask = (
+        "import torch; from toughen.engine.provenance import provenance;"
+        "print(provenance(seed=0, device=torch.device('cpu'), precision='32-true')['commit'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    told = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, env=environment)
+    assert told.stdout == "None\n"
 
 
 def test_the_stored_recipe_is_the_resolved_one(tmp_path):

@@ -49,14 +49,18 @@ def provenance(*, seed: int, device: torch.device, precision: str) -> dict[str, 
 def _commit() -> str | None:
     """The commit of this package, from what its installer wrote down (PEP 610); None for a release from an index.
 
-    For an installation from a local checkout it is the checkout's commit as it is now, with a mark if files changed.
+    For an installation from a local checkout it is the checkout's commit as it is now, with a mark if files changed;
+    None where another copy of the package runs than the one installed.
     """
     origin = json.loads(distribution("toughen").read_text("direct_url.json") or "{}")
     if "vcs_info" in origin:
         return str(origin["vcs_info"]["commit_id"])
     if "dir_info" not in origin:
         return None
-    git = ["git", "-C", url2pathname(urlsplit(origin["url"]).path)]
+    checkout = url2pathname(urlsplit(origin["url"]).path)
+    if origin["dir_info"].get("editable") and not Path(__file__).resolve().is_relative_to(Path(checkout).resolve()):
+        return None  # Python's path leads to another copy than the installed one
+    git = ["git", "-C", checkout]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)  # noqa: S603
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)  # noqa: S603

@@ -147,5 +147,5 @@ def draw(figure: Figure, points: Mapping[str, Mapping[str, Sequence[Point]]], fi
     seeds = {seed for curves in points.values() for found in curves.values() for point in found for seed in point.seeds}
     images = {point.n for curves in points.values() for found in curves.values() for point in found}
     behind = f"{len(seeds)} seed{'s' * (len(seeds) != 1)}, n = {' or '.join(map(str, sorted(images)))}"
-    canvas.suptitle(f"{figure.title} ({behind})" if seeds else figure.title)
+    canvas.suptitle(f"{figure.title}\n{behind}" if seeds else figure.title, fontsize="medium")
     canvas.savefig(file, dpi=150)
