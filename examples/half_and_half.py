@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import nn
-
-from toughen.attacks import Attack
+from toughen.attacks import CrossEntropy, Goal
 from toughen.errors import InputError
 from toughen.layers import ModelView
 from toughen.objectives import METHODS, Objective
 from toughen.objectives.cross_entropy import cross_entropy
-from toughen.types import AdversarialBatch, Batch, StepOutput
+from toughen.types import AdversarialBatch, StepOutput
 
 
 @METHODS.register("half-and-half")
@@ -34,11 +31,9 @@ class HalfAndHalf(Objective):
         if not 0 <= self.share <= 1:
             raise InputError(f"half-and-half share is {self.share}; it must lie in [0, 1]")
 
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise the cross-entropy."""
-        return AdversarialBatch(batch, attack(model, batch.x, batch.y, start=batch.start, generator=generator))
+    def goal(self) -> Goal:
+        """Return the cross-entropy, which it would be without this."""
+        return CrossEntropy()
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the weighted sum."""

@@ -51,18 +51,15 @@ def test_features_that_cannot_be_compared_are_refused(a, b):
 @pytest.mark.parametrize("expectation", ["mean", "rms"])
 @settings(max_examples=30, deadline=None)
 @given(values=st.lists(st.floats(0, 1e3), min_size=2, max_size=20), cut=st.integers(1, 19), data=st.data())
-def test_two_halves_merged_are_the_whole_in_any_order(expectation, values, cut, data):
+def test_values_in_two_parts_are_the_whole_in_any_order(expectation, values, cut, data):
     cut = min(cut, len(values) - 1)
     shuffled = data.draw(st.permutations(values))
-    whole, *halves = (WeaknessSums(["a", "b"], expectation=expectation) for _ in range(3))
+    whole, parts = (WeaknessSums(["a"], expectation=expectation) for _ in range(2))
     whole.add("a", torch.tensor(values, dtype=torch.float64))
-    whole.add("b", torch.ones(1))
-    for half, part in zip(halves, (shuffled[:cut], shuffled[cut:]), strict=True):
-        half.add("a", torch.tensor(part, dtype=torch.float64))
-    halves[1].add("b", torch.ones(1))
-    halves[1].merge(halves[0])
-    assert halves[1].means() == pytest.approx(whole.means(), rel=1e-12, abs=1e-300)
-    assert halves[1].counts == whole.counts == {"a": len(values), "b": 1}
+    for part in (shuffled[:cut], shuffled[cut:]):
+        parts.add("a", torch.tensor(part, dtype=torch.float64))
+    assert parts.means() == pytest.approx(whole.means(), rel=1e-12, abs=1e-300)
+    assert parts.counts == whole.counts == {"a": len(values)}
 
 
 def test_the_mean_and_the_root_mean_square():
@@ -79,9 +76,3 @@ def test_sums_are_accumulated_in_float64():
         sums.add("a", torch.tensor([value], dtype=torch.float32))
     assert sums.sums["a"].dtype == torch.float64
     assert sums.means()["a"] * 5 == 1e8 + 4
-
-
-def test_sums_of_different_layers_or_expectations_are_not_merged():
-    for other in (WeaknessSums(["b"]), WeaknessSums(["a"], expectation="rms")):
-        with pytest.raises(ValueError, match="only sums over the same layers"):
-            WeaknessSums(["a"]).merge(other)

@@ -21,7 +21,7 @@ from objective_checks import (
     on_logits,
     random_logits,
 )
-from toughen.attacks import gaussian_start
+from toughen.attacks import CrossEntropy, gaussian_start
 from toughen.errors import InputError
 from toughen.objectives import MART, METHODS
 from toughen.types import Batch
@@ -115,7 +115,7 @@ def test_a_batch_without_any_label_has_loss_zero_and_a_finite_gradient():
 def test_the_search_is_for_cross_entropy_from_a_little_noise():
     noise = gaussian_start(X, torch.Generator().manual_seed(3))
     asked = asked_of_attack(MART(), Batch(X, Y), torch.Generator().manual_seed(3))
-    assert asked.get("goal") is None
+    assert isinstance(asked["goal"], CrossEntropy)
     assert torch.equal(asked["start"], noise)
     assert asked_of_attack(MART(start="attack"), Batch(X, Y))["start"] is None
     assert asked_of_attack(MART(), Batch(X, Y, start=X_ADV))["start"] is X_ADV

@@ -68,18 +68,6 @@ class WeaknessSums:
         self.sums[name] = self.sums[name].to(values.device) + values.double().pow(self.power).sum()
         self.counts[name] += values.numel()
 
-    def merge(self, other: "WeaknessSums") -> None:
-        """Add what another instance has seen (another part of the data, or another process).
-
-        Raises:
-            ValueError: The layers or the expectation differ.
-        """
-        if self.names != other.names or self.power != other.power:
-            raise ValueError("only sums over the same layers and with the same expectation can be merged")
-        for name in self.names:
-            self.sums[name] = self.sums[name] + other.sums[name].to(self.sums[name].device)
-            self.counts[name] += other.counts[name]
-
     def merge_processes(self) -> None:
         """Add up the sums of all processes, so that every one of them sees the same numbers."""
         if processes.count() == 1:

@@ -4,16 +4,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
-from toughen.attacks import Attack, CrossEntropy, LeastLikely
+from toughen.attacks import CrossEntropy, Goal, LeastLikely
 from toughen.attacks.probabilities import at_least_float32
 from toughen.errors import check_choices
 from toughen.layers import ModelView
 from toughen.objectives.cross_entropy import cross_entropy, labelled_mean
 from toughen.objectives.objective import METHODS, Objective
 from toughen.objectives.settings import check_label_smoothing, check_weight, smoothed_label
-from toughen.types import AdversarialBatch, Batch, StepOutput
+from toughen.types import AdversarialBatch, StepOutput
 
 
 @METHODS.register("alp")
@@ -51,14 +50,9 @@ class ALP(Objective):
         """``"ALP"``, or for example ``"ALP (label smoothing 0.1)"``."""
         return smoothed_label("ALP", self.label_smoothing)
 
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise the cross-entropy, or minimise that with the least likely class."""
-        goal = CrossEntropy() if self.target == "away" else LeastLikely()
-        return AdversarialBatch(
-            batch, attack(model, batch.x, batch.y, goal=goal, start=batch.start, generator=generator)
-        )
+    def goal(self) -> Goal:
+        """Return the cross-entropy, or the way to the least likely class."""
+        return CrossEntropy() if self.target == "away" else LeastLikely()
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the cross-entropy of both forms plus ``weight`` times the distance of their logits."""

@@ -72,12 +72,9 @@ class AutoLoRA(Objective):
             raise InputError(f"autolora alpha is {self.alpha!r}; it must be a finite number > 0")
         check_weight(self.kl_scale, where="autolora kl_scale")
 
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise the cross-entropy of the network without adapters."""
-        start = search_start(batch, "gaussian", generator)
-        return AdversarialBatch(batch, attack(model, batch.x, batch.y, start=start, generator=generator))
+    def search_start(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """See ``Objective.search_start``."""
+        return search_start(batch, "gaussian", generator)
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Refuse: adapters and weights of the terms exist once the method is bound, see ``LiveAutoLoRa.loss``.

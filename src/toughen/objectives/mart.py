@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from toughen.attacks import Attack
 from toughen.attacks.probabilities import kl_divergence, log_probabilities
 from toughen.errors import check_choices
 from toughen.layers import ModelView
@@ -47,12 +46,9 @@ class MART(Objective):
         check_choices(self, where="mart")
         check_weight(self.beta, where="mart beta")
 
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise the cross-entropy."""
-        start = search_start(batch, self.start, generator)
-        return AdversarialBatch(batch, attack(model, batch.x, batch.y, start=start, generator=generator))
+    def search_start(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """See ``Objective.search_start``."""
+        return search_start(batch, self.start, generator)
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the boosted cross-entropy plus ``beta`` times the weighted divergence."""

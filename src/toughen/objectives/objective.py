@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from toughen.attacks import Attack
+from toughen.attacks import Attack, CrossEntropy, Goal
 from toughen.layers import ModelView
 from toughen.objectives.live import Live
 from toughen.registry import Registry
@@ -51,13 +51,23 @@ class Method:
 
 
 class Objective(Method, ABC):
-    """Settings of an objective. Subclasses say how to perturb and what to minimise."""
+    """Settings of an objective: the goal that a search for x' maximises, and the loss on x' that training minimises."""
 
-    @abstractmethod
+    def goal(self) -> Goal:
+        """Return what the search maximises."""
+        return CrossEntropy()
+
+    def search_start(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """Return where the search begins, [B, C, H, W]; None leaves it to the attack."""
+        return batch.start
+
     def perturb(
         self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
     ) -> AdversarialBatch:
-        """Find the perturbed images to train on; a search begins at ``batch.start`` where that is given."""
+        """Find the perturbed images to train on."""
+        start = self.search_start(batch, generator)
+        x_adv = attack(model, batch.x, batch.y, goal=self.goal(), start=start, generator=generator)
+        return AdversarialBatch(batch, x_adv)
 
     @abstractmethod
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:

@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import nn
-
-from toughen.attacks import Attack
 from toughen.layers import ModelView
 from toughen.objectives.cross_entropy import cross_entropy
 from toughen.objectives.objective import METHODS, Objective
 from toughen.objectives.settings import check_label_smoothing, smoothed_label
-from toughen.types import AdversarialBatch, Batch, StepOutput
+from toughen.types import AdversarialBatch, StepOutput
 
 
 @METHODS.register("pgd-at")
@@ -37,12 +33,6 @@ class PGDAT(Objective):
     def label(self) -> str:  # type: ignore[override]  # a property of the settings here, of the class elsewhere
         """``"PGD-AT"``, or for example ``"PGD-AT (label smoothing 0.1)"``."""
         return smoothed_label("PGD-AT", self.label_smoothing)
-
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise the cross-entropy."""
-        return AdversarialBatch(batch, attack(model, batch.x, batch.y, start=batch.start, generator=generator))
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the cross-entropy of the perturbed images."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from toughen.attacks import Attack, ProbabilityShift, SquaredError
+from toughen.attacks import Attack, Goal, ProbabilityShift, SquaredError
 from toughen.attacks.probabilities import probabilities, squared_distance, squared_error
 from toughen.errors import InputError, check_choices
 from toughen.layers import ModelView
@@ -40,13 +40,9 @@ class PGDATLSE(Objective):
     def __post_init__(self) -> None:
         _check_c(self.c, where="pgd-at-lse")
 
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise ||p(x') - e_y||^2."""
-        return AdversarialBatch(
-            batch, attack(model, batch.x, batch.y, goal=SquaredError(), start=batch.start, generator=generator)
-        )
+    def goal(self) -> Goal:
+        """Return ||p(x') - e_y||^2."""
+        return SquaredError()
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return the squared error of the perturbed images beyond the bound."""
@@ -101,14 +97,13 @@ class TRADESLSE(Objective):
         check_attack_moves(self.start, attack, where="trades-lse")
         return LiveObjective(model, objective=self, attack=attack, seed=seed)
 
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise ||p(x') - p(x)||^2."""
-        start = search_start(batch, self.start, generator)
-        return AdversarialBatch(
-            batch, attack(model, batch.x, batch.y, goal=ProbabilityShift(), start=start, generator=generator)
-        )
+    def goal(self) -> Goal:
+        """Return ||p(x') - p(x)||^2."""
+        return ProbabilityShift()
+
+    def search_start(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """See ``Objective.search_start``."""
+        return search_start(batch, self.start, generator)
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return squared error plus ``beta`` times consistency, beyond the bound, from one forward of each."""

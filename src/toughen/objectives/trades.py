@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from toughen.attacks import Attack, KLToClean
+from toughen.attacks import Attack, Goal, KLToClean
 from toughen.attacks.probabilities import kl_divergence, log_probabilities
 from toughen.errors import check_choices
 from toughen.layers import ModelView
@@ -70,14 +70,13 @@ class TRADES(Objective):
         check_attack_moves(self.start, attack, where=type(self).__name__.lower())
         return LiveObjective(model, objective=self, attack=attack, seed=seed)
 
-    def perturb(
-        self, model: nn.Module, batch: Batch, attack: Attack, *, generator: torch.Generator
-    ) -> AdversarialBatch:
-        """Maximise KL(p(x) || p(x'))."""
-        start = search_start(batch, self.start, generator)
-        return AdversarialBatch(
-            batch, attack(model, batch.x, batch.y, goal=KLToClean(), start=start, generator=generator)
-        )
+    def goal(self) -> Goal:
+        """Return KL(p(x) || p(x'))."""
+        return KLToClean()
+
+    def search_start(self, batch: Batch, generator: torch.Generator) -> Tensor | None:
+        """See ``Objective.search_start``."""
+        return search_start(batch, self.start, generator)
 
     def loss(self, view: ModelView, adv: AdversarialBatch) -> StepOutput:
         """Return clean cross-entropy plus ``beta`` times the divergence, from one forward of each."""
