@@ -534,6 +534,12 @@ def test_wrong_options_of_an_evaluation_are_refused(refused, words, expected):
     refused(["evaluate", "small_cnn", "--samples", "5", *words], expected)
 
 
+def test_an_option_that_a_verb_does_not_have_is_told_with_those_that_it_has(refused):
+    said = "unknown option of `toughen reproduce`: '--sed'; did you mean '--seeds'? Allowed: --address, --checkpoint"
+    refused(["reproduce", "5", "--sed", "3"], said)
+    refused(["train", "digits", "--ot=x"], "unknown option of `toughen train`: '--ot'; did you mean '--out'?")
+
+
 EACH_ITS_OWN_FOLDER = """
 import os, sys
 from toughen.cli import main

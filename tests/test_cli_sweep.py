@@ -75,7 +75,7 @@ def test_without_ray_one_line_says_what_to_install(toughen, grid, without_ray):
         (["--slurm", "nowhere/a"], "no folder nowhere"),
         (["--address", "127.0.0.1:1", "--slurm", "a"], "--address"),
         (["--out", "lr=1", "--slurm", "a"], "choose another --out"),
-        (["train.lr=2"], "unrecognized arguments: train.lr=2"),
+        (["train.lr=2"], "settings of a recipe (key.path=value) are for `toughen train`"),
     ],
 )
 def test_words_that_do_not_go_together_are_refused_in_one_line(toughen, grid, words, expected):

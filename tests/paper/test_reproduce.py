@@ -225,6 +225,16 @@ def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert message in line
 
 
+def test_runs_that_fail_for_one_reason_are_told_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "7", "--scale", "short", "--data", "cifar10:nowhere", "--out", "failed"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"toughen: \d+ runs failed: cifar10-\S+ and \d+ more: data folder nowhere does not exist", told)
+    assert told.count("nowhere") == 1
+
+
 @pytest.mark.usefixtures("small")
 def test_runs_with_another_clat_do_not_mix_with_these(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "5", "--out", str(done), "--clat", "lam=0.5"]) == 2

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from toughen.cli.console import note
-from toughen.cli.grammar import make_parser
+from toughen.cli.grammar import make_parser, unrecognized
 from toughen.cli.verbs import VERBS
 from toughen.engine import Interrupted
 from toughen.errors import InputError, Notice
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options, rest = make_parser(VERBS).parse_known_args(arguments)
         if rest and (options.verb != "train" or any(word.startswith("-") for word in rest)):
-            raise InputError(f"unrecognized arguments: {' '.join(rest)} (see `toughen --help`)")
+            raise unrecognized(rest, options)
         if rest:  # recipe and overrides may stand on both sides of an option
             options.words += rest
         with _notices_told():

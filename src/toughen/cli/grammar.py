@@ -1,13 +1,13 @@
 """The grammar of the command line: verbs, their options, their help."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import NoReturn
 
 from toughen import __version__
 from toughen.cli.completion import offer_completion
-from toughen.errors import InputError
+from toughen.errors import InputError, unknown
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +16,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the mistake, for the caller to print."""
         raise InputError(f"{message} (see `{self.prog} --help`)")
+
+    def flags(self) -> list[str]:
+        """Return the options by their long names."""
+        return [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+
+
+def unrecognized(words: Sequence[str], options: argparse.Namespace) -> InputError:
+    """Build the error for words of a command that its verb does not know."""
+    flags = [word for word in words if word.startswith("-")]
+    if flags:
+        return unknown(f"option of `toughen {options.verb}`:", flags[0].partition("=")[0], options.flags())
+    also = "; settings of a recipe (key.path=value) are for `toughen train`" if "=" in words[0] else ""
+    return InputError(f"unrecognized arguments: {' '.join(words)} (see `toughen {options.verb} --help`){also}")
 
 
 def _number(text: str) -> float:
@@ -39,7 +52,7 @@ def make_parser(run: Mapping[str, Callable[[argparse.Namespace], None]]) -> Pars
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        sub.set_defaults(verb=name, run=run[name])
+        sub.set_defaults(verb=name, run=run[name], flags=sub.flags)
         return sub
 
     train = verb(

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -57,13 +57,13 @@ def run_reproduce(options: argparse.Namespace) -> None:
     except (Interrupted, KeyboardInterrupt):
         raise Interrupted("What is done is kept. Continue with the same command") from None
     if failed:
-        raise InputError(f"{len(failed)} runs failed: {'; '.join(failed)}; the same command tries them again")
+        raise InputError(f"{_told(failed)}; the same command tries them again")
 
 
-def _train(plan: Plan, folder: Path, options: argparse.Namespace) -> list[str]:
-    """Train what is not trained yet; returns what failed."""
+def _train(plan: Plan, folder: Path, options: argparse.Namespace) -> dict[str, list[str]]:
+    """Train what is not trained yet; returns the runs that failed, by reason."""
     if not plan.sweep.runs:
-        return []
+        return {}
 
     def tell(run: Run, text: str) -> None:
         say(f"{text} (for {', '.join(map(str, plan.needed_by[_without_seed(run)]))})")
@@ -73,7 +73,20 @@ def _train(plan: Plan, folder: Path, options: argparse.Namespace) -> list[str]:
     else:
         check_devices(plan.sweep, "--gpus")
         runs = train_all(plan.sweep, SweepFolder(folder), Address(options.address, options.workers))
-    return [f"{one.run.name}: {one.message}" for one in runs if one.state == "failed"]
+    failed: dict[str, list[str]] = {}
+    for one in runs:
+        if one.state == "failed":
+            failed.setdefault(one.message, []).append(one.run.name)
+    return failed
+
+
+def _told(failed: Mapping[str, Sequence[str]]) -> str:
+    """Each reason once, with the first run that it stopped."""
+    count = sum(map(len, failed.values()))
+    reasons = [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {reason}" for reason, names in failed.items()
+    ]
+    return f"{count} run{'s' * (count != 1)} failed: {'; '.join(reasons)}"
 
 
 def _fill(wanted: Sequence[Piece], bench: Bench, seeds: int) -> None:
