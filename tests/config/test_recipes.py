@@ -327,7 +327,7 @@ def test_a_method_of_the_user_s_own_is_named_by_its_module_and_kept_so(monkeypat
         ({**OWN, "share": 3}, r"half-and-half share is 3\.0; it must lie in \[0, 1\]"),
         (
             {"name": "toughen.objectives:Objective"},
-            r"^method 'toughen\.objectives:Objective' does not define loss, perturb;",
+            r"^method 'toughen\.objectives:Objective' does not define loss;",
         ),
         (
             {"name": "unfinished_methods:Bare"},
