@@ -20,7 +20,12 @@ def value(goal, x_adv, model):
     return goal.bind(ModelView(model), X, Y)(x_adv)
 
 
-def test_the_goal_is_minus_the_distance_of_features_in_every_layer():
+@pytest.mark.parametrize(
+    ("norm", "measure"),
+    [("l2", lambda shift: shift.norm(dim=1)), ("squared", lambda shift: shift.square().sum(dim=1))],
+    ids=["l2", "squared"],
+)
+def test_the_goal_is_minus_the_distance_of_features_in_every_layer(norm, measure):
     model = build("nested").eval().double()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][:2]
     seen = {}
@@ -32,9 +37,18 @@ def test_the_goal_is_minus_the_distance_of_features_in_every_layer():
     model(TARGET.double())
     for handle in handles:
         handle.remove()
-    expected = -sum((a - b).flatten(1).norm(dim=1) for a, b in seen.values())
-    found = value(FeatureMatch(layers=tuple(names), x_target=TARGET.double()), X.double(), model)
+    expected = -sum(measure((a - b).flatten(1)) for a, b in seen.values())
+    found = value(FeatureMatch(layers=tuple(names), x_target=TARGET.double(), norm=norm), X.double(), model)
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_what_follows_the_deepest_layer_is_left_out_unless_it_is_asked_for():
+    model = build("nested").eval()
+    runs = []
+    model.head.register_forward_hook(lambda *_: runs.append(None))
+    for stop_early, forwards in ((True, 0), (False, 2)):  # of the target, and of the images
+        value(FeatureMatch(layers=("stem.0.0",), x_target=TARGET, stop_early=stop_early), X, model)
+        assert len(runs) == forwards
 
 
 def test_the_target_itself_is_the_best_that_can_be_reached():

@@ -1,5 +1,7 @@
 """PGD as a search: it reaches the closed-form optimum of linear models and never leaves ball or box."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,6 +76,7 @@ def test_fgsm_without_random_start_is_one_sign_step():
 
 def test_fgsm_rs_steps_by_one_and_a_quarter_eps_as_published():
     assert fgsm_rs(LINF) == PGD(LINF, step_size=0.125, steps=1)
+    assert fgsm_rs(LINF, model_mode="unchanged").model_mode == "unchanged"
 
 
 def test_steps_matter_and_follow_the_gradient_of_each_iterate():
@@ -200,6 +203,16 @@ def test_worst_is_at_least_as_bad_as_the_start_and_the_last(goal):
     assert (worst > last + 1e-6).any()
     iterates = torch.stack([search(steps=steps) for steps in range(1, 6)] + [start])
     torch.testing.assert_close(worst, iterates.amax(dim=0), rtol=0, atol=1e-5)
+
+
+def test_of_iterates_that_are_equally_bad_the_first_is_kept():
+    class Level:
+        def bind(self, view, x, y):
+            return lambda x_adv: (x_adv - x_adv.detach()).flatten(1).sum(dim=1)
+
+    attack = PGD(LINF, step_size=0.01, steps=3, random_start=False, keep="worst")
+    assert torch.equal(attack(linear()[0], X, Y, goal=Level()), X)
+    assert not torch.equal(replace(attack, keep="last")(linear()[0], X, Y, goal=Level()), X)
 
 
 @pytest.mark.parametrize("keep", ["last", "worst"])

@@ -86,6 +86,7 @@ def test_another_goal_batch_size_or_setting_has_a_recording_of_its_own_and_the_l
     attacked(model, cuda_graph=True, momentum=0.5)
     assert len(made) == 4
     attacked(model, cuda_graph=True, momentum=0.5)
+    attacked(model, X[:3], Y[:3], cuda_graph=True)
     assert len(made) == 4
     attacked(model, cuda_graph=True)
     assert len(made) == 5

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toughen.attacks.threat import BALLS
+from toughen.attacks.threat import BALLS, gaussian_start
 
 
 def lengths(delta, norm):
@@ -50,6 +50,32 @@ def test_the_steepest_step_has_length_one_and_beats_other_directions(norm):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_no_gradient_means_no_step(norm):
     assert torch.equal(BALLS[norm].ascend(torch.zeros(2, 3)), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_a_step_has_length_one_however_small_or_large_the_gradient_and_its_neighbours(size):
+    gradient = torch.stack([torch.full((2, 3), size), torch.ones(2, 3)])
+    torch.testing.assert_close(lengths(BALLS["l2"].ascend(gradient), "l2"), torch.ones(2, dtype=torch.float64))
+
+
+STARTS = {
+    norm: lambda like, draw, ball=ball: ball.sample(like, like.new_ones(len(like), 1, 1, 1), draw)
+    for norm, ball in BALLS.items()
+}
+STARTS["gaussian"] = gaussian_start
+
+
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_a_start_is_its_generators_alone_and_has_the_images_memory_format(start):
+    for images in (
+        torch.zeros(1, 3, 4, 4),
+        torch.zeros(2, 3, 4, 4, dtype=torch.float64).to(memory_format=torch.channels_last),
+    ):
+        found = start(images, torch.Generator().manual_seed(1))
+        torch.rand(1)
+        assert torch.equal(found, start(images, torch.Generator().manual_seed(1)))
+        assert not torch.equal(found, start(images, torch.Generator().manual_seed(2)))
+        assert (found.dtype, found.stride()) == (images.dtype, images.stride())
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
