@@ -71,6 +71,30 @@ def test_in_an_analysis_it_is_divided_like_the_index(norm, size):
     assert rows[1].criticality == pytest.approx(rows[1].weakness / rows[0].weakness)
 
 
+@pytest.mark.parametrize(("norm", "size"), [("dim", 12.0), ("rms", 12**0.5), ("none", 1.0)])
+def test_the_first_layer_relative_to_the_image_which_counts_where_it_moved(norm, size):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)).double()
+    x, _ = perturbed(4, 3, 2, 2)
+    x[0] = 0  # nothing moves here: the attack below goes down, and the box begins at 0
+
+    def attack(model, x, y, *, generator):
+        return (x - 0.01).clamp_min(0)
+
+    attack.threat = ThreatModel(eps=0.01)
+    options = CriticalityOptions(measure="curvature", norm=norm, first="input_ratio")
+    first = analyze(model, [(x, torch.zeros(4, dtype=torch.int64))], attack, options=options).rows[0]
+    assert first.criticality == pytest.approx(first.weakness / (0.75 / size))
+
+
+def test_what_follows_a_layer_is_left_out():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Linear(5, 3)).double()
+    runs = []
+    model[2].register_forward_hook(lambda *_: runs.append(None))
+    x, x_adv = perturbed(4, 3, 2, 2)
+    curvature(ModelView(model), x, x_adv, "1", model[:2](x).detach())
+    assert runs == []
+
+
 @pytest.mark.parametrize("change", [{"norm": "relative"}, {"predecessor": "graph"}])
 def test_meaningless_combinations_are_refused(change):
     with pytest.raises(InputError, match="measure='curvature' differentiates layer outputs"):

@@ -133,6 +133,18 @@ def test_the_same_seed_gives_the_same_report_and_progress_is_told():
     assert done == [1, 2, 3, 4] * 3
 
 
+def test_each_batch_starts_its_attack_elsewhere():
+    starts = []
+
+    def attack(model, x, y, *, generator):
+        starts.append(torch.rand(3, generator=generator))
+        return x
+
+    attack.threat = ThreatModel(eps=0.1)
+    module_robustness(build("nested"), BATCHES, attack, epochs=1)
+    assert not torch.equal(*starts)
+
+
 def test_images_without_a_label_and_layers_that_are_not_asked_for_are_left_out():
     model = build("normed")
     unlabelled = (X[:4], torch.full((4,), -1))
@@ -165,6 +177,7 @@ def test_a_network_that_has_left_all_numbers_is_refused():
     ("batches", "settings", "message"),
     [
         (BATCHES, {"eps": 0.0}, "module robustness eps is 0.0 and epochs 10; they must be > 0 and at least 1"),
+        (BATCHES, {"eps": math.inf}, "module robustness eps is inf"),
         (BATCHES, {"epochs": 0}, "eps is 0.1 and epochs 0"),
         ([], {}, "no labelled images to measure module robustness on"),
         ([(X, torch.full((12,), -1))], {}, "no labelled images"),

@@ -40,12 +40,19 @@ def test_shape_only_ranks_by_the_ratio_of_sizes_alone():
     assert choose("shape_only", CriticalityReport(rows), 4) == ("layer2", "layer1", "layer3", "layer0")
 
 
+@pytest.mark.parametrize("rule", ["top", "bottom", "random", "shape_only"])
+def test_every_rule_reaches_the_classifier_only_where_it_is_included(rule):
+    found = report(1.0, 3.0, 2.0)
+    assert "head" not in choose(rule, found, 3)
+    assert "head" in choose(rule, found, 4, classifier=True)
+
+
 def test_fixed_returns_what_was_named_in_that_order():
     assert choose(Fixed(("layer2", "head")), report(1.0, 3.0, 2.0), 2) == ("layer2", "head")
 
 
 def test_fixed_refuses_an_unknown_layer_and_names_the_nearest():
-    with pytest.raises(InputError, match="unknown layer 'layerr1'; did you mean 'layer1'"):
+    with pytest.raises(InputError, match=r"unknown layer 'layerr1'; did you mean 'layer1'.*; see `toughen list layers MODEL`"):
         choose(Fixed(("layerr1",)), report(1.0, 3.0), 1)
 
 
