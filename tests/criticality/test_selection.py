@@ -52,7 +52,8 @@ def test_fixed_returns_what_was_named_in_that_order():
 
 
 def test_fixed_refuses_an_unknown_layer_and_names_the_nearest():
-    with pytest.raises(InputError, match=r"unknown layer 'layerr1'; did you mean 'layer1'.*; see `toughen list layers MODEL`"):
+    words = r"unknown layer 'layerr1'; did you mean 'layer1'.*; see `toughen list layers MODEL`"
+    with pytest.raises(InputError, match=words):
         choose(Fixed(("layerr1",)), report(1.0, 3.0), 1)
 
 
