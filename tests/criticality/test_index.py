@@ -127,3 +127,17 @@ def test_selected_layers_are_marked_in_the_table():
     text = file.getvalue()
     assert "layer1 *" in text
     assert "layer0 *" not in text
+
+
+def test_it_prints_every_layer_with_its_rank_and_what_it_was_measured_with():
+    title, _, head, _, *body, _, caption = str(report(1.0, 3.0, None, 2.0)).splitlines()
+    assert (title.strip(), caption.strip()) == ("criticality", "norm dim")
+    assert head.split("┃")[1:-1] == [
+        " layer ", " name   ", " features ", " weakness ", " criticality ", " shape ratio ", " rank "
+    ]  # fmt: skip
+    assert [line.split("│")[1:-1] for line in body][:3] == [
+        ["     0 ", " layer0 ", "       10 ", "      0.1 ", "           1 ", "           - ", "    3 "],
+        ["     1 ", " layer1 ", "       20 ", "      0.1 ", "           3 ", "         0.5 ", "    1 "],
+        ["     2 ", " layer2 ", "       30 ", "        - ", "           - ", "      0.6667 ", "    - "],
+    ]
+    assert [line.split("│")[-2].strip() for line in body] == ["3", "1", "-", "2", "-"]
