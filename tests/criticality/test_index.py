@@ -1,6 +1,7 @@
 """The index (Eq. 3) and the report: rankings, refusals, JSON, the printed table."""
 
 import math
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -130,8 +131,13 @@ def test_selected_layers_are_marked_in_the_table():
 
 
 def test_it_prints_every_layer_with_its_rank_and_what_it_was_measured_with():
-    title, _, head, _, *body, _, caption = str(report(1.0, 3.0, None, 2.0)).splitlines()
-    assert (title.strip(), caption.strip()) == ("criticality", "norm dim")
+    settings = {"attack": "PGD-7 linf", "num_samples": 8, "norm": "dim", "measure": "weakness", "predecessor": "graph"}
+    table, caption = str(replace(report(1.0, 3.0, None, 2.0), settings=settings)).split("┘")
+    title, _, head, _, *body, _ = table.splitlines()
+    assert title.strip() == "criticality"
+    assert (
+        " ".join(caption.split()) == "measure weakness, norm dim, predecessor graph, attack PGD-7 linf, num_samples 8"
+    )
     assert head.split("┃")[1:-1] == [
         " layer ", " name   ", " features ", " weakness ", " criticality ", " shape ratio ", " rank "
     ]  # fmt: skip
