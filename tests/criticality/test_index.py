@@ -131,13 +131,11 @@ def test_selected_layers_are_marked_in_the_table():
 
 
 def test_it_prints_every_layer_with_its_rank_and_what_it_was_measured_with():
-    settings = {"attack": "PGD-7 linf", "num_samples": 8, "norm": "dim", "measure": "weakness", "predecessor": "graph"}
+    settings = {"attack": "PGD-7", "num_samples": 8, "norm": "dim", "measure": "weakness", "predecessor": "graph"}
     table, caption = str(replace(report(1.0, 3.0, None, 2.0), settings=settings)).split("┘")
     title, _, head, _, *body, _ = table.splitlines()
     assert title.strip() == "criticality"
-    assert (
-        " ".join(caption.split()) == "measure weakness, norm dim, predecessor graph, attack PGD-7 linf, num_samples 8"
-    )
+    assert " ".join(caption.split()) == "measure weakness, norm dim, predecessor graph, attack PGD-7, num_samples 8"
     assert head.split("┃")[1:-1] == [
         " layer ", " name   ", " features ", " weakness ", " criticality ", " shape ratio ", " rank "
     ]  # fmt: skip
