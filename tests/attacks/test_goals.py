@@ -84,10 +84,11 @@ def test_feature_shift_needs_a_layer():
         FeatureShift(layers=())
 
 
+@pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("norm", ["l2", "squared", "rms", "dim", "relative"])
-def test_distances_follow_their_formulas(norm):
+def test_distances_follow_their_formulas(norm, count):
     draw = torch.Generator().manual_seed(4)
-    moved, clean = torch.randn(5, 3, 4, 2, generator=draw), torch.randn(5, 3, 4, 2, generator=draw)
+    moved, clean = (0.1 * torch.randn(count, 3, 4, 2, generator=draw) for _ in range(2))
     length = (moved - clean).flatten(1).norm(dim=1)
     expected = {
         "l2": length,
@@ -139,6 +140,15 @@ def test_truncated_and_full_forwards_give_bit_the_same_perturbation(name, layers
     )
     assert torch.equal(truncated, full)
     assert not torch.equal(truncated, X)
+
+
+def test_what_follows_the_deepest_layer_is_left_out_unless_it_is_asked_for():
+    model = build("nested").eval()
+    runs = []
+    model.head.register_forward_hook(lambda *_: runs.append(None))
+    for stop_early, forwards in ((True, 0), (False, 2)):  # of the clean images, and of the perturbed ones
+        score(FeatureShift(layers=("stem.0.0",), stop_early=stop_early), model)
+        assert len(runs) == forwards
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -152,16 +152,21 @@ class Residual(nn.Module):
         return self.fc((self.main(x).relu() + self.shortcut(x)).mean(dim=(2, 3)))
 
 
-def test_the_graph_predecessor_is_the_tensor_that_enters_the_layer():
+@pytest.mark.parametrize(
+    ("expectation", "over"), [("mean", torch.mean), ("rms", lambda lengths: lengths.square().mean().sqrt())]
+)
+def test_the_graph_predecessor_is_the_tensor_that_enters_the_layer(expectation, over):
     model = Residual().double()
     delta = NOISE.double()
     x = X.double()
-    by_graph = analyze(model, [(x, Y)], Shift(delta), options=CriticalityOptions(predecessor="graph")).rows
-    by_order = analyze(model, [(x, Y)], Shift(delta)).rows
-    image = float(delta.flatten(1).norm(dim=1).mean()) / 192
+    by_graph, by_order = (
+        analyze(model, [(x, Y)], Shift(delta), options=CriticalityOptions(predecessor=p, expectation=expectation)).rows
+        for p in ("graph", "execution")
+    )
+    image = float(over(delta.flatten(1).norm(dim=1))) / 192
     with torch.no_grad():
         pooled = [(model.main(z).relu() + model.shortcut(z)).mean(dim=(2, 3)) for z in (x, x + delta)]
-    entering_fc = float((pooled[1] - pooled[0]).norm(dim=1).mean()) / 4
+    entering_fc = float(over((pooled[1] - pooled[0]).norm(dim=1))) / 4
     assert [row.weakness for row in by_graph] == [row.weakness for row in by_order]
     assert by_graph[0].criticality == by_graph[0].weakness  # first="literal"
     assert by_graph[1].criticality == pytest.approx(by_graph[1].weakness / image, rel=1e-9)
@@ -295,6 +300,38 @@ def test_the_seed_decides_the_random_starts():
     reports = [analyze(build("nested"), [(X, Y)], attack, seed=seed) for seed in (0, 0, 1)]
     assert weaknesses(reports[0]) == weaknesses(reports[1])
     assert weaknesses(reports[0]) != weaknesses(reports[2])
+
+
+def test_each_batch_starts_its_attack_elsewhere():
+    starts = []
+
+    def attack(model, x, y, *, generator):
+        starts.append(torch.rand(3, generator=generator))
+        return x + NOISE
+
+    attack.threat = THREAT
+    analyze(build("backwards"), [(X, Y), (X, Y)], attack)
+    assert not torch.equal(*starts)
+
+
+def test_a_batch_without_images_is_passed_over():
+    model, empty = build("backwards"), (X[:0], Y[:0])
+    assert analyze(model, [(X[:3], Y[:3]), empty, (X[3:], Y[3:])], PGD2) == analyze(
+        model, [(X[:3], Y[:3]), (X[3:], Y[3:])], PGD2
+    )
+
+
+def test_the_report_counts_the_parameters_of_each_layer():
+    model = build("backwards")
+    counted = {row.name: row.num_parameters for row in analyze(model, [(X, Y)], PGD2).rows}
+    assert counted["first"] == sum(parameter.numel() for parameter in model.first.parameters())
+
+
+@pytest.mark.parametrize("change", [{"norm": "diim"}, {"predecessor": "grap"}, {"measure": "indx"}, {"first": "x"}])
+def test_unknown_choices_are_refused_by_their_name_in_a_recipe(change):
+    ((name, value),) = change.items()
+    with pytest.raises(InputError, match=rf"criticality {name}.*{value}"):
+        CriticalityOptions(**change)
 
 
 def test_the_settings_tell_what_was_asked_for():
