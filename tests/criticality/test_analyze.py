@@ -327,7 +327,7 @@ def test_the_report_counts_the_parameters_of_each_layer():
     assert counted["first"] == sum(parameter.numel() for parameter in model.first.parameters())
 
 
-@pytest.mark.parametrize("change", [{"norm": "diim"}, {"predecessor": "grap"}, {"measure": "indx"}, {"first": "x"}])
+@pytest.mark.parametrize("change", [{"norm": "length"}, {"predecessor": "tree"}, {"measure": "size"}, {"first": "last"}])
 def test_unknown_choices_are_refused_by_their_name_in_a_recipe(change):
     ((name, value),) = change.items()
     with pytest.raises(InputError, match=rf"criticality {name}.*{value}"):
